@@ -1,0 +1,171 @@
+"""Tiny pipelines of real classes with random weights: for smoke runs and tests, without any download."""
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+)
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5EncoderModel,
+)
+
+WORDS = "a an the photo of red green blue yellow circle square triangle cat dog two three left right above below and".split()
+SPECIAL = ["<pad>", "<unk>", "<bos>", "<eos>"]
+
+
+def tiny_tokenizer(max_length: int = 16) -> PreTrainedTokenizerFast:
+    """Build a word-level tokenizer.
+
+    Args:
+        max_length (int): tokens a prompt is padded and cut to.
+
+    Returns:
+        PreTrainedTokenizerFast: with pad 0, unknown 1, begin 2 and end 3.
+    """
+    vocabulary = {word: index for index, word in enumerate(SPECIAL + WORDS)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<bos> $A <eos>", special_tokens=[("<bos>", 2), ("<eos>", 3)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        unk_token="<unk>",
+        bos_token="<bos>",
+        eos_token="<eos>",
+        model_max_length=max_length,
+    )
+
+
+def _clip_config() -> CLIPTextConfig:
+    return CLIPTextConfig(
+        vocab_size=len(SPECIAL) + len(WORDS),
+        hidden_size=32,
+        intermediate_size=37,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        projection_dim=32,
+        max_position_embeddings=16,
+        pad_token_id=0,
+        bos_token_id=2,
+        eos_token_id=3,
+    )
+
+
+def _t5() -> T5EncoderModel:
+    return T5EncoderModel(
+        T5Config(
+            vocab_size=len(SPECIAL) + len(WORDS),
+            d_model=32,
+            d_ff=37,
+            d_kv=8,
+            num_heads=4,
+            num_layers=2,
+            pad_token_id=0,
+        )
+    )
+
+
+def _vae(latent_channels: int) -> AutoencoderKL:
+    return AutoencoderKL(
+        sample_size=32,
+        block_out_channels=(4, 8),
+        down_block_types=("DownEncoderBlock2D", "DownEncoderBlock2D"),
+        up_block_types=("UpDecoderBlock2D", "UpDecoderBlock2D"),
+        layers_per_block=1,
+        latent_channels=latent_channels,
+        norm_num_groups=1,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+        shift_factor=0.0609,
+        scaling_factor=1.5035,
+    )
+
+
+def _eval(pipeline):
+    for component in pipeline.components.values():
+        if isinstance(component, torch.nn.Module):
+            component.eval().requires_grad_(False)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def tiny_flux(seed: int = 0) -> FluxPipeline:
+    """Build a FluxPipeline with dynamic shifting.
+
+    Args:
+        seed (int): of the random weights.
+
+    Returns:
+        FluxPipeline: frozen, in eval mode; images of 16 x 16 pixels by default.
+    """
+    torch.manual_seed(seed)
+    return _eval(
+        FluxPipeline(
+            scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=3.0),
+            vae=_vae(latent_channels=4),
+            text_encoder=CLIPTextModel(_clip_config()),
+            tokenizer=tiny_tokenizer(),
+            text_encoder_2=_t5(),
+            tokenizer_2=tiny_tokenizer(),
+            transformer=FluxTransformer2DModel(
+                in_channels=16,
+                num_layers=1,
+                num_single_layers=1,
+                attention_head_dim=16,
+                num_attention_heads=2,
+                joint_attention_dim=32,
+                pooled_projection_dim=32,
+                axes_dims_rope=(4, 4, 8),
+                guidance_embeds=True,
+            ),
+        )
+    )
+
+
+def tiny_sd3(seed: int = 0) -> StableDiffusion3Pipeline:
+    """Build a StableDiffusion3Pipeline.
+
+    Args:
+        seed (int): of the random weights.
+
+    Returns:
+        StableDiffusion3Pipeline: frozen, in eval mode; images of 16 x 16 pixels by default.
+    """
+    torch.manual_seed(seed)
+    return _eval(
+        StableDiffusion3Pipeline(
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+            vae=_vae(latent_channels=4),
+            text_encoder=CLIPTextModelWithProjection(_clip_config()),
+            tokenizer=tiny_tokenizer(),
+            text_encoder_2=CLIPTextModelWithProjection(_clip_config()),
+            tokenizer_2=tiny_tokenizer(),
+            text_encoder_3=_t5(),
+            tokenizer_3=tiny_tokenizer(),
+            transformer=SD3Transformer2DModel(
+                sample_size=8,
+                patch_size=2,
+                in_channels=4,
+                out_channels=4,
+                num_layers=2,
+                attention_head_dim=8,
+                num_attention_heads=4,
+                caption_projection_dim=32,
+                joint_attention_dim=32,
+                pooled_projection_dim=64,
+                pos_embed_max_size=16,
+            ),
+        )
+    )

@@ -1,0 +1,119 @@
+"""What a method is: which steps carry gradients, and what graph the latents carry from step to step. Pure torch.
+
+A method is a frozen dataclass of its settings. For every rollout it draws a `Plan`, then follows each stream of latents
+(most pipelines have one) with a `Trajectory`. `trl_leapalign.rollout` runs the pipeline and calls the two.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ..flow import Interpolant
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The times at which a rollout evaluates the denoiser.
+
+    Args:
+        times (tuple[float, ...]): noise time of each step's input, first step first, then the time at which the last
+            step ends: one entry more than there are steps.
+        interpolant (Interpolant): the path that the times refer to.
+    """
+
+    times: tuple[float, ...]
+    interpolant: Interpolant
+
+    @property
+    def num_steps(self) -> int:
+        return len(self.times) - 1
+
+    @property
+    def levels(self) -> tuple[int, ...]:
+        """The steps to draw from: one a noise level, the last where a solver evaluates a level twice (Heun)."""
+        return tuple(i for i in range(self.num_steps) if self.times[i] != self.times[i + 1])
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is decided before the first step of a rollout.
+
+    Args:
+        active_steps (tuple[int, ...]): steps whose denoiser call runs with gradients, ascending, 0 = first (noisiest).
+        input_gradient_scale (float): factor of the gradient that flows back through the denoiser's input at the
+            active steps; the residual path of the latents keeps its whole gradient.
+    """
+
+    active_steps: tuple[int, ...]
+    input_gradient_scale: float = 1.0
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a trajectory has to say when it is over.
+
+    Args:
+        weights (Tensor): loss weight of each sample, shape (B,), detached.
+        metrics (dict[str, Tensor]): values to log, shape (B,), detached.
+    """
+
+    weights: Tensor
+    metrics: dict[str, Tensor] = field(default_factory=dict)
+
+
+class Trajectory(ABC):
+    """Follows one stream of latents through one rollout. Step `num_steps` stands for the end of the sampling."""
+
+    @abstractmethod
+    def enter(self, step: int, latents: Tensor) -> Tensor:
+        """Decide what graph the latents carry into a step.
+
+        Called for every step but the first, and once more with `step == num_steps` for the clean latents.
+
+        Args:
+            step (int): the step that the latents go into.
+            latents (Tensor): the sampler's own latents, detached, shape (B, ...).
+
+        Returns:
+            Tensor: what the pipeline goes on with. Its values are those of `latents` unless the method rewards
+            something else than the sampler's image.
+        """
+
+    @abstractmethod
+    def leave(self, step: int, latents: Tensor, velocity: Tensor) -> None:
+        """Take note of a step's denoiser call.
+
+        Args:
+            step (int): the step that was taken.
+            latents (Tensor): what went into it, with the graph that `enter` gave it, shape (B, ...).
+            velocity (Tensor): d latents / d noise time after guidance, same shape; with a graph at active steps.
+        """
+
+    @abstractmethod
+    def outcome(self) -> Outcome:
+        """Return weights and metrics; called after `enter(num_steps, ...)`."""
+
+
+class Method(ABC):
+    """A way of turning the gradient of a reward into a gradient of the denoiser."""
+
+    @abstractmethod
+    def plan(self, schedule: Schedule, generator: torch.Generator | None) -> Plan:
+        """Draw the plan of a rollout.
+
+        Args:
+            schedule (Schedule): the times of the rollout's steps.
+            generator (torch.Generator | None): source of all randomness; None is the global one.
+
+        Returns:
+            Plan: the same for every sample of the batch.
+
+        Raises:
+            ValueError: if the schedule has too few steps for the method's settings.
+        """
+
+    @abstractmethod
+    def follow(self, plan: Plan, schedule: Schedule) -> Trajectory:
+        """Start following one stream of latents."""

@@ -1,0 +1,448 @@
+"""Runs the user's own pipeline with gradients where a method wants them. The only file that knows diffusers' internals.
+
+The pipeline's `__call__` runs as it is, without its `no_grad` decorator. What the method needs is threaded through the
+scheduler: the real step is taken on detached values, the method decides what graph the next latents carry, and gradient
+mode is switched between steps.
+"""
+
+import functools
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from types import MethodType
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline, SchedulerMixin
+from torch import Tensor, nn
+
+from .flow import RECTIFIED, TRIGFLOW, connect, scale_gradient
+from .methods.base import Method, Plan, Schedule, Trajectory
+
+OUTPUT_TYPES = ("pt", "latent")
+# Stands for a gradient discount of 0: the scale is taken off again after the denoiser, so it must be invertible.
+_ZERO_SCALE = 2.0**-60
+
+
+@dataclass(frozen=True)
+class RolloutOutput:
+    """What a rollout returns.
+
+    Args:
+        images (Tensor): the pipeline's own output with the method's graph: images (B, 3, H, W) in [0, 1], video
+            (B, F, 3, H, W), or latents for `output_type="latent"`.
+        weights (Tensor): loss weight of each sample, shape (B,), detached.
+        active_steps (tuple[int, ...]): steps that ran with gradients, in sampling order, 0 = first (noisiest).
+        metrics (dict[str, Tensor]): what the method reports, shape (B,) each, detached.
+    """
+
+    images: Tensor
+    weights: Tensor
+    active_steps: tuple[int, ...]
+    metrics: dict[str, Tensor]
+
+
+def run_rollout(
+    pipeline: DiffusionPipeline,
+    method: Method,
+    *,
+    method_generator: torch.Generator | None = None,
+    **pipeline_kwargs: Any,
+) -> RolloutOutput:
+    """Call a pipeline so that its output carries the gradient that a method defines.
+
+    Values are those of `pipeline(**pipeline_kwargs)` bit for bit, the random state included, for every method that
+    rewards the sampler's own result. The pipeline is left as a plain call leaves it, also after an exception.
+
+    Args:
+        pipeline (DiffusionPipeline): any pipeline with a flow-matching scheduler, on its device, not offloaded.
+        method (Method): decides which steps run with gradients and how these reach the output.
+        method_generator (torch.Generator | None): source of the method's choices; None draws fresh entropy.
+        **pipeline_kwargs: arguments of the pipeline's call, untouched; `output_type` is "pt" (default) or "latent".
+
+    Returns:
+        RolloutOutput: images with graph, loss weights, active steps and metrics.
+
+    Raises:
+        TypeError: if `pipeline` is not a pipeline, or an argument is unknown to its call.
+        ValueError: if the pipeline cannot be differentiated, or has too few steps for the method.
+        RuntimeError: if gradients cannot be recorded, or the pipeline's output has lost them.
+    """
+    check_pipeline(pipeline)
+    call_kwargs = _check_call_arguments(pipeline, pipeline_kwargs)
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError(
+            "run_rollout() was called under torch.inference_mode(), where no gradient can be recorded. "
+            "Leave inference mode, or call the pipeline itself if you need no gradient."
+        )
+    if method_generator is None:
+        method_generator = torch.Generator()
+        method_generator.seed()
+    states = _RandomStates(method_generator, call_kwargs.get("generator"))
+    first_index = 0
+    while True:
+        recorder = _Recorder(method, method_generator, first_index)
+        try:
+            with _instrumented(pipeline, recorder), torch.no_grad():
+                output = _without_no_grad(type(pipeline).__call__)(pipeline, **call_kwargs)
+            break
+        except _StartsLater as start:
+            first_index = start.index
+            states.restore()
+    return recorder.collect(output[0], pipeline)
+
+
+def check_pipeline(pipeline: DiffusionPipeline) -> None:
+    """Say whether a pipeline can be differentiated, before anything runs.
+
+    Args:
+        pipeline (DiffusionPipeline): the pipeline to check.
+
+    Raises:
+        TypeError: if it is not a diffusers pipeline.
+        ValueError: if no scheduler of it does flow matching, its weights move between devices, or it cannot return
+            tensors.
+    """
+    if not isinstance(pipeline, DiffusionPipeline):
+        raise TypeError(
+            f"Expected a diffusers pipeline, got {type(pipeline).__name__}. Load one with "
+            "DiffusionPipeline.from_pretrained(...)."
+        )
+    name = type(pipeline).__name__
+    if not any(map(is_flow_matching, _schedulers(pipeline))):
+        found = ", ".join(type(scheduler).__name__ for scheduler in _schedulers(pipeline)) or "no scheduler"
+        raise ValueError(
+            f"{name} does not sample by flow matching: it has {found}. Needed is a FlowMatch scheduler (such as "
+            "FlowMatchEulerDiscreteScheduler), a multistep scheduler with prediction_type='flow_prediction' and "
+            "use_flow_sigmas=True, or a TrigFlow one, and a model trained for it (FLUX, SD3.5, Qwen-Image, Wan, ...)."
+        )
+    offloaded = [key for key, module in _modules(pipeline).items() if getattr(module, "_hf_hook", None) is not None]
+    if offloaded or getattr(pipeline, "hf_device_map", None) is not None:
+        raise ValueError(
+            f"{name} moves weights between devices during the call (cpu offload or a device_map: "
+            f"{', '.join(offloaded) or pipeline.hf_device_map}), so the backward pass would not find them. Call "
+            "pipeline.remove_all_hooks() or load it without device_map, then pipeline.to(device)."
+        )
+    if "output_type" not in inspect.signature(type(pipeline).__call__).parameters:
+        raise ValueError(f"{name} cannot return tensors: its call has no output_type argument.")
+
+
+def is_flow_matching(scheduler: SchedulerMixin) -> bool:
+    """Whether `scheduler.step` integrates a flow-matching velocity.
+
+    Args:
+        scheduler (SchedulerMixin): a scheduler with its configuration.
+
+    Returns:
+        bool: True for the FlowMatch schedulers, those of other families that are set to flow matching, and TrigFlow.
+    """
+    if any("FlowMatch" in base.__name__ for base in type(scheduler).__mro__):
+        return True
+    prediction_type = scheduler.config.get("prediction_type")
+    if "use_flow_sigmas" in scheduler.config:
+        return prediction_type == "flow_prediction" and scheduler.config.use_flow_sigmas
+    return prediction_type in ("flow_prediction", "trigflow")
+
+
+class _StartsLater(Exception):
+    """The pipeline entered its schedule at a later step than assumed, without saying so beforehand."""
+
+    def __init__(self, index: int):
+        super().__init__(f"the first step taken is step {index} of the schedule")
+        self.index = index
+
+
+class _RandomStates:
+    """Random states at the start of a rollout, to start it again."""
+
+    def __init__(self, method_generator: torch.Generator, generator: torch.Generator | list[torch.Generator] | None):
+        generators = generator if isinstance(generator, (list, tuple)) else [generator]
+        self.generators = [(g, g.get_state()) for g in (method_generator, *generators) if g is not None]
+        self.cpu = torch.get_rng_state()
+        self.cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+
+    def restore(self) -> None:
+        for generator, state in self.generators:
+            generator.set_state(state)
+        torch.set_rng_state(self.cpu)
+        torch.cuda.set_rng_state_all(self.cuda)
+
+
+@dataclass
+class _Stream:
+    """One sampling loop: one `set_timesteps` of one scheduler."""
+
+    first_index: int
+    inverted: bool
+    schedule: Schedule
+    plan: Plan
+    trajectory: Trajectory
+    num_taken: int = 0
+
+    @property
+    def running(self) -> bool:
+        return 0 < self.num_taken < self.schedule.num_steps
+
+    @property
+    def scale(self) -> float:
+        return max(self.plan.input_gradient_scale, _ZERO_SCALE)
+
+    def is_active(self, step: int) -> bool:
+        return step in self.plan.active_steps
+
+    def enter(self, latents: Tensor) -> Tensor:
+        entered = self.trajectory.enter(self.num_taken, latents)
+        if self.is_active(self.num_taken) and entered.requires_grad:
+            if self.scale == _ZERO_SCALE and latents.dtype == torch.float16:
+                raise ValueError(
+                    "A gradient discount of 0 cannot be represented in float16. Load the pipeline in bfloat16 or "
+                    "float32, or set a discount above 0."
+                )
+            return scale_gradient(entered, self.scale)
+        # Never the scheduler's own tensor: some pipelines write into their latents.
+        return entered.clone()
+
+    def leave(self, latents: Tensor, velocity: Tensor) -> None:
+        if self.is_active(self.num_taken) and latents.requires_grad:
+            latents = scale_gradient(latents, 1.0 / self.scale)
+        self.trajectory.leave(self.num_taken, latents, -velocity if self.inverted else velocity)
+
+
+class _Recorder:
+    """Stands between a pipeline and its schedulers for the time of one rollout."""
+
+    def __init__(self, method: Method, generator: torch.Generator, first_index: int):
+        self.method = method
+        self.generator = generator
+        self.state = generator.get_state()
+        self.first_index = first_index
+        self.streams: dict[int, _Stream] = {}  # the latest of each scheduler, by id
+        self.finished: list[_Stream] = []
+        self.schedulers: dict[int, tuple[SchedulerMixin, type]] = {}
+
+    def track(self, scheduler: SchedulerMixin) -> None:
+        """Turn one instance, and the deep copies made of it, into a tracked one; its class stays as it is."""
+        original = type(scheduler)
+        recorder = self
+
+        @functools.wraps(original.set_timesteps)
+        def set_timesteps(self, *args, **kwargs):
+            original.set_timesteps(self, *args, **kwargs)
+            recorder.schedulers.setdefault(id(self), (self, original))
+            recorder.start(self, recorder.first_index)
+
+        @functools.wraps(original.set_begin_index)
+        def set_begin_index(self, begin_index=0):
+            original.set_begin_index(self, begin_index)
+            recorder.start(self, begin_index)
+
+        @functools.wraps(original.step)
+        def step(self, *args, **kwargs):
+            recorder.schedulers.setdefault(id(self), (self, original))
+            bound = inspect.signature(original.step).bind(self, *args, **kwargs)
+            return recorder.step(self, original.step, bound)
+
+        tracked = {"set_timesteps": set_timesteps, "step": step}
+        if hasattr(original, "set_begin_index"):
+            tracked["set_begin_index"] = set_begin_index
+        scheduler.__class__ = type(original.__name__, (original,), tracked)
+        self.schedulers[id(scheduler)] = (scheduler, original)
+
+    def release(self) -> None:
+        for scheduler, original in self.schedulers.values():
+            scheduler.__class__ = original
+
+    def start(self, scheduler: SchedulerMixin, first_index: int) -> None:
+        """Begin a stream when its steps are known, and switch the mode for its first one."""
+        previous = self.streams.get(id(scheduler))
+        if previous is not None and previous.num_taken > 0:
+            self.finished.append(previous)
+        elif previous is not None:
+            self.generator.set_state(self.state)
+        self.state = self.generator.get_state()
+        schedule, inverted = _read_schedule(scheduler, first_index)
+        plan = self.method.plan(schedule, self.generator)
+        self.streams[id(scheduler)] = _Stream(
+            first_index, inverted, schedule, plan, self.method.follow(plan, schedule)
+        )
+        self.switch_gradients()
+
+    def step(self, scheduler: SchedulerMixin, original: Callable, bound: inspect.BoundArguments) -> Any:
+        """Take the real step on detached values and give its result the method's graph."""
+        if id(scheduler) not in self.streams:
+            self.start(scheduler, self.first_index)
+        stream = self.streams[id(scheduler)]
+        velocity, latents = bound.arguments["model_output"], bound.arguments["sample"]
+        bound.arguments.update(model_output=velocity.detach(), sample=latents.detach())
+        with torch.no_grad():
+            output = original(*bound.args, **bound.kwargs)
+        index = getattr(scheduler, "step_index", None)
+        if index is not None and stream.num_taken == 0 and index - 1 != stream.first_index:
+            raise _StartsLater(index - 1)
+        with torch.enable_grad():
+            stream.leave(latents, velocity)
+            stream.num_taken += 1
+            output = _with_latents(output, stream.enter, at_end=stream.num_taken == stream.schedule.num_steps)
+        self.switch_gradients()
+        return output
+
+    def switch_gradients(self) -> None:
+        """Turn gradients on for an active step, and for good once no stream is in the middle of its steps."""
+        streams = self.streams.values()
+        next_active = any(stream.is_active(stream.num_taken) for stream in streams)
+        begun = self.finished or any(stream.num_taken for stream in streams)
+        through = begun and not any(stream.running for stream in streams)
+        torch.set_grad_enabled(bool(next_active or through))
+        # A weight cast by autocast without gradient would be used again with gradient.
+        torch.clear_autocast_cache()
+
+    def collect(self, images: Any, pipeline: DiffusionPipeline) -> RolloutOutput:
+        name = type(pipeline).__name__
+        streams = self.finished + [stream for stream in self.streams.values() if stream.num_taken > 0]
+        if not streams:
+            raise ValueError(f"{name} never called scheduler.step(), so there is no step to differentiate.")
+        for stream in streams:
+            if stream.num_taken < stream.schedule.num_steps:
+                raise ValueError(
+                    f"{name} stopped after {stream.num_taken} of {stream.schedule.num_steps} steps. Leave out the "
+                    "arguments that end the sampling early."
+                )
+        if not isinstance(images, Tensor):
+            raise ValueError(f"{name} returned {type(images).__name__} for tensors; it cannot be differentiated.")
+        trained = any(p.requires_grad for module in _modules(pipeline).values() for p in module.parameters())
+        if trained and not images.requires_grad:
+            raise RuntimeError(
+                f"The output of {name} carries no gradient: something between its denoiser and its output detaches it, "
+                "or none of the parameters that require gradients take part in the sampling."
+            )
+        outcomes = [stream.trajectory.outcome() for stream in streams]
+        return RolloutOutput(
+            images=images,
+            weights=torch.stack([outcome.weights for outcome in outcomes]).mean(0),
+            active_steps=streams[0].plan.active_steps,
+            metrics={
+                key: torch.stack([outcome.metrics[key] for outcome in outcomes]).mean(0) for key in outcomes[0].metrics
+            },
+        )
+
+
+@contextmanager
+def _instrumented(pipeline: DiffusionPipeline, recorder: _Recorder) -> Iterator[None]:
+    """Make a pipeline ready for a rollout, and put everything back afterwards."""
+    with ExitStack() as stack:
+        stack.callback(recorder.release)
+        for scheduler in filter(is_flow_matching, _schedulers(pipeline)):
+            recorder.track(scheduler)
+        for part in _pipelines(pipeline):
+            for name, method in inspect.getmembers(type(part), inspect.isfunction):
+                stripped = _without_no_grad(method)
+                if stripped is not method and name != "__call__":
+                    stack.enter_context(_attribute(part, name, MethodType(stripped, part)))
+            bar = {**getattr(part, "_progress_bar_config", {}), "disable": True}
+            stack.enter_context(_attribute(part, "_progress_bar_config", bar))
+        for module in _modules(pipeline).values():
+            for submodule in filter(lambda part: part.training, module.modules()):
+                stack.enter_context(_attribute(submodule, "training", False))
+        yield
+
+
+@contextmanager
+def _attribute(instance: Any, name: str, value: Any) -> Iterator[None]:
+    """Set an instance attribute past `__setattr__`, which pipelines and modules override."""
+    attributes = vars(instance)
+    missing = name not in attributes
+    previous = attributes.get(name)
+    attributes[name] = value
+    try:
+        yield
+    finally:
+        if missing:
+            del attributes[name]
+        else:
+            attributes[name] = previous
+
+
+def _read_schedule(scheduler: SchedulerMixin, first_index: int) -> tuple[Schedule, bool]:
+    """Read the noise times of the steps from `first_index` on, and whether the scheduler counts them upwards."""
+    if scheduler.config.get("prediction_type") == "trigflow":
+        return Schedule(tuple(scheduler.timesteps.tolist()[first_index:]), TRIGFLOW), False
+    if hasattr(scheduler, "sigmas"):
+        times = scheduler.sigmas.tolist()
+    else:
+        times = [*(scheduler.timesteps / scheduler.config.num_train_timesteps).tolist(), 0.0]
+    inverted = times[0] < times[-1]
+    if inverted:
+        times = [1.0 - time for time in times]
+    return Schedule(tuple(times[first_index:]), RECTIFIED), inverted
+
+
+def _with_latents(output: Any, enter: Callable[[Tensor], Tensor], at_end: bool) -> Any:
+    """Replace the next latents in a step's output; at the end also give their graph to other predictions in it."""
+    values = list(output) if isinstance(output, tuple) else list(output.values())
+    values[0] = enter(values[0])
+    if at_end:
+        values[1:] = [
+            connect(value, values[0]) if isinstance(value, Tensor) and value.shape == values[0].shape else value
+            for value in values[1:]
+        ]
+    return (
+        tuple(values) if isinstance(output, tuple) else type(output)(**dict(zip(output.keys(), values, strict=True)))
+    )
+
+
+def _without_no_grad(function: Callable) -> Callable:
+    """Take `torch.no_grad` and `torch.inference_mode` decorators off a function."""
+    while getattr(function, "__code__", None) is not None and function.__code__.co_name == "decorate_context":
+        function = function.__wrapped__
+    return function
+
+
+def _check_call_arguments(pipeline: DiffusionPipeline, pipeline_kwargs: dict[str, Any]) -> dict[str, Any]:
+    check_call_arguments(pipeline, pipeline_kwargs)
+    output_type = pipeline_kwargs.get("output_type", "pt")
+    if output_type not in OUTPUT_TYPES:
+        raise ValueError(f"output_type={output_type!r} is not differentiable; choose one of {OUTPUT_TYPES}.")
+    return {**pipeline_kwargs, "output_type": output_type, "return_dict": False}
+
+
+def check_call_arguments(pipeline: DiffusionPipeline, names: Any) -> None:
+    """Check that a pipeline's call takes some arguments.
+
+    Args:
+        pipeline (DiffusionPipeline): the pipeline.
+        names (Iterable[str]): names of the arguments.
+
+    Raises:
+        TypeError: if the call does not take one of them, or it is not the caller's to set.
+    """
+    parameters = inspect.signature(type(pipeline).__call__).parameters
+    known = [name for name in parameters if name not in ("self", "return_dict")]
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise TypeError(
+            f"{type(pipeline).__name__} cannot be called with {', '.join(unknown)}. It takes: {', '.join(known)}."
+        )
+
+
+def _pipelines(pipeline: DiffusionPipeline) -> list[DiffusionPipeline]:
+    """The pipeline and those among its components."""
+    parts = [pipeline]
+    for component in pipeline.components.values():
+        if isinstance(component, DiffusionPipeline):
+            parts += _pipelines(component)
+    return parts
+
+
+def _schedulers(pipeline: DiffusionPipeline) -> list[SchedulerMixin]:
+    components = [component for part in _pipelines(pipeline) for component in part.components.values()]
+    return list({id(c): c for c in components if isinstance(c, SchedulerMixin)}.values())
+
+
+def _modules(pipeline: DiffusionPipeline) -> dict[str, nn.Module]:
+    return {
+        name: component
+        for part in _pipelines(pipeline)
+        for name, component in part.components.items()
+        if isinstance(component, nn.Module)
+    }
