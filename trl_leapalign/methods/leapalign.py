@@ -1,6 +1,7 @@
 """LeapAlign (https://huggingface.co/papers/2604.15311): back-propagation through a trajectory of a few leaps."""
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -32,8 +33,8 @@ class LeapAlign(Method):
         similarity_floor (float): tau > 0, the smallest distance that counts in the weight.
         num_leaps (int): leaps from the first drawn step to the end, 1 to 3 in the paper; as many steps are drawn.
         step_choice (str): "random" steps, or two at a "fixed_distance" of half the step range, to the nearest step.
-        step_range (tuple[float, float]): drawn steps have their time in this part of [0, 1], 1 = noise. (0, 0.5) is the
-            clean half.
+        step_range (tuple[float, float]): drawn steps have their time in this part of [0, 1], 1 = noise. (0, 0.5) is
+            the clean half.
         reward_input (str): what is decoded and rewarded: the sampler's own "sample" x_T, or the "leap" x_hat_T.
         similarity (str): the distances in the weight: "all", those at the "joints" (d_j), that at the "end" (d_0), or
             "none" (w = 1).
@@ -78,7 +79,8 @@ class LeapAlign(Method):
             )
         if self.step_choice == "fixed_distance" and self.num_leaps != 2:
             raise ValueError(
-                f"LeapAlign: step_choice='fixed_distance' draws a pair, but num_leaps={self.num_leaps}. Set num_leaps=2."
+                f"LeapAlign: step_choice='fixed_distance' draws a pair, but num_leaps={self.num_leaps}. Set "
+                "num_leaps=2."
             )
         if self.num_leaps == 1 and (self.similarity == "joints" or self.nested_gradient_only):
             raise ValueError(
@@ -92,8 +94,10 @@ class LeapAlign(Method):
             )
 
     def plan(self, schedule: Schedule, generator: torch.Generator | None) -> Plan:
-        low, high = (bound * schedule.interpolant.noise_time for bound in self.step_range)
-        candidates = [step for step in schedule.levels if low <= schedule.times[step] <= high]
+        noise_time = schedule.interpolant.noise_time
+        low, high = (bound * noise_time for bound in self.step_range)
+        # TrigFlow schedules begin a rounding error above pure noise.
+        candidates = [step for step in schedule.levels if low <= min(schedule.times[step], noise_time) <= high]
         if len(candidates) < self.num_leaps:
             raise ValueError(
                 f"LeapAlign draws {self.num_leaps} different steps (num_leaps), but only {len(candidates)} of the "
@@ -101,17 +105,17 @@ class LeapAlign(Method):
                 "sampling steps, a wider step_range or fewer leaps."
             )
         if self.step_choice == "fixed_distance":
-            steps = self._draw_fixed_distance(candidates, schedule, (high - low) / 2, generator)
+            steps = self._draw_fixed_distance(candidates, schedule, low, high, generator)
         else:
             order = torch.randperm(len(candidates), generator=generator)[: self.num_leaps]
             steps = sorted(candidates[index] for index in order.tolist())
         return Plan(active_steps=tuple(steps), input_gradient_scale=self.gradient_discount)
 
     def _draw_fixed_distance(
-        self, candidates: list[int], schedule: Schedule, distance: float, generator: torch.Generator | None
+        self, candidates: list[int], schedule: Schedule, low: float, high: float, generator: torch.Generator | None
     ) -> list[int]:
-        times = schedule.times
-        firsts = [step for step in candidates[:-1] if times[step] - distance >= times[-1]]
+        times, distance = schedule.times, (high - low) / 2
+        firsts = [step for step in candidates[:-1] if times[step] - distance >= max(low, times[-1])]
         if not firsts:
             raise ValueError(
                 f"LeapAlign: no two of the {schedule.num_steps} sampling steps in step_range={self.step_range} are "
@@ -132,7 +136,7 @@ class LeapTrajectory(Trajectory):
         self.method = method
         self.schedule = schedule
         stops = (*plan.active_steps, schedule.num_steps)
-        self.landing = dict(zip(stops[:-1], stops[1:], strict=True))
+        self.landing = dict(pairwise(stops))
         self.first_step = stops[0]
         self.prediction: Tensor | None = None  # x_hat of the next landing, with the graph
         self.distances: list[Tensor] = []  # (B,) each, joints first, the end last
