@@ -19,8 +19,10 @@ from transformers import (
     T5EncoderModel,
 )
 
-WORDS = "a an the photo of red green blue yellow circle square triangle cat dog two three left right above below and".split()
+COLORS_AND_SHAPES = ["red", "green", "blue", "yellow", "circle", "square", "triangle"]
+WORDS = ["a", "the", "photo", "of", "cat", "dog", "two", "three", "left", "right", "above", "below", "and"]
 SPECIAL = ["<pad>", "<unk>", "<bos>", "<eos>"]
+VOCABULARY = SPECIAL + WORDS + COLORS_AND_SHAPES
 
 
 def tiny_tokenizer(max_length: int = 16) -> PreTrainedTokenizerFast:
@@ -32,7 +34,7 @@ def tiny_tokenizer(max_length: int = 16) -> PreTrainedTokenizerFast:
     Returns:
         PreTrainedTokenizerFast: with pad 0, unknown 1, begin 2 and end 3.
     """
-    vocabulary = {word: index for index, word in enumerate(SPECIAL + WORDS)}
+    vocabulary = {word: index for index, word in enumerate(VOCABULARY)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.post_processor = processors.TemplateProcessing(
@@ -50,7 +52,7 @@ def tiny_tokenizer(max_length: int = 16) -> PreTrainedTokenizerFast:
 
 def _clip_config() -> CLIPTextConfig:
     return CLIPTextConfig(
-        vocab_size=len(SPECIAL) + len(WORDS),
+        vocab_size=len(VOCABULARY),
         hidden_size=32,
         intermediate_size=37,
         num_hidden_layers=2,
@@ -66,7 +68,7 @@ def _clip_config() -> CLIPTextConfig:
 def _t5() -> T5EncoderModel:
     return T5EncoderModel(
         T5Config(
-            vocab_size=len(SPECIAL) + len(WORDS),
+            vocab_size=len(VOCABULARY),
             d_model=32,
             d_ff=37,
             d_kv=8,

@@ -1,0 +1,10 @@
+"""Align diffusers flow-matching pipelines with a differentiable reward."""
+
+from .leapalign_config import LeapAlignConfig
+from .leapalign_trainer import LeapAlignTrainer
+from .methods import LeapAlign
+from .rollout import RolloutOutput, run_rollout
+
+__version__ = "0.1.0.dev0"
+
+__all__ = ["LeapAlign", "LeapAlignConfig", "LeapAlignTrainer", "RolloutOutput", "run_rollout"]

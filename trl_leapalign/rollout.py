@@ -10,6 +10,7 @@ import inspect
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from types import MethodType
 from typing import Any
 
@@ -91,6 +92,32 @@ def run_rollout(
             first_index = start.index
             states.restore()
     return recorder.collect(output[0], pipeline)
+
+
+def load_pipeline(
+    pipeline: DiffusionPipeline | str | Path, device: torch.device, init_kwargs: dict[str, Any]
+) -> DiffusionPipeline:
+    """Load a pipeline if it is given by name, and check it.
+
+    Args:
+        pipeline (DiffusionPipeline | str | Path): a pipeline, or its Hub id or path.
+        device (torch.device): where it will run; sets the default dtype, bfloat16 but on the CPU.
+        init_kwargs (dict[str, Any]): arguments of `from_pretrained`.
+
+    Returns:
+        DiffusionPipeline: on the device it was on or, when loaded, on the CPU.
+
+    Raises:
+        TypeError: if it is not a diffusers pipeline.
+        ValueError: if it cannot be differentiated, or `init_kwargs` come with a pipeline that is loaded already.
+    """
+    if isinstance(pipeline, (str, Path)):
+        defaults = {"torch_dtype": torch.float32 if device.type == "cpu" else torch.bfloat16}
+        pipeline = DiffusionPipeline.from_pretrained(pipeline, **{**defaults, **init_kwargs})
+    elif init_kwargs:
+        raise ValueError("model_init_kwargs has no effect on a pipeline that is loaded already. Leave it out.")
+    check_pipeline(pipeline)
+    return pipeline
 
 
 def check_pipeline(pipeline: DiffusionPipeline) -> None:
@@ -263,9 +290,7 @@ class _Recorder:
         self.state = self.generator.get_state()
         schedule, inverted = _read_schedule(scheduler, first_index)
         plan = self.method.plan(schedule, self.generator)
-        self.streams[id(scheduler)] = _Stream(
-            first_index, inverted, schedule, plan, self.method.follow(plan, schedule)
-        )
+        self.streams[id(scheduler)] = _Stream(first_index, inverted, schedule, plan, self.method.follow(plan, schedule))
         self.switch_gradients()
 
     def step(self, scheduler: SchedulerMixin, original: Callable, bound: inspect.BoundArguments) -> Any:
@@ -386,9 +411,7 @@ def _with_latents(output: Any, enter: Callable[[Tensor], Tensor], at_end: bool) 
             connect(value, values[0]) if isinstance(value, Tensor) and value.shape == values[0].shape else value
             for value in values[1:]
         ]
-    return (
-        tuple(values) if isinstance(output, tuple) else type(output)(**dict(zip(output.keys(), values, strict=True)))
-    )
+    return tuple(values) if isinstance(output, tuple) else type(output)(**dict(zip(output.keys(), values, strict=True)))
 
 
 def _without_no_grad(function: Callable) -> Callable:

@@ -1,0 +1,254 @@
+"""The trained weights: which modules are trained, LoRA adapters on them, saving them so that anyone can load them."""
+
+import copy
+import inspect
+import logging
+from pathlib import Path
+
+import torch
+from diffusers import DiffusionPipeline
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+logger = logging.getLogger(__name__)
+
+LORA_FILE = "pytorch_lora_weights.safetensors"
+DEFAULT_RANK = 32
+DENOISER_PREFIXES = ("transformer", "unet")
+
+
+def prepare_denoisers(
+    pipeline: DiffusionPipeline,
+    names: list[str] | None,
+    peft_config: LoraConfig | None,
+    *,
+    full_finetuning: bool,
+    checkpointing: bool,
+) -> dict[str, nn.Module]:
+    """Freeze a pipeline but for what is trained.
+
+    Args:
+        pipeline (DiffusionPipeline): the pipeline; all its modules are put in eval mode.
+        names (list[str] | None): components to train; None takes those called transformer... or unet....
+        peft_config (LoraConfig | None): the adapter; None is `default_lora`, or the adapter that was loaded before.
+        full_finetuning (bool): train all weights instead of an adapter.
+        checkpointing (bool): recompute activations of the denoisers and the decoder in the backward pass.
+
+    Returns:
+        dict[str, nn.Module]: the modules to train, by component name.
+
+    Raises:
+        TypeError: if `peft_config` is not LoRA's.
+        ValueError: if there is nothing to train, or an option does not fit the modules.
+    """
+    denoisers = find_denoisers(pipeline, names)
+    modules = [component for component in pipeline.components.values() if isinstance(component, nn.Module)]
+    for module in modules:
+        module.eval().requires_grad_(False)
+    if not full_finetuning:
+        attach_lora(denoisers, peft_config)
+    elif peft_config is not None:
+        raise ValueError("full_finetuning=True trains all weights, so peft_config would have no effect. Drop one.")
+    else:
+        for denoiser in denoisers.values():
+            denoiser.requires_grad_(True)
+    if checkpointing:
+        _enable_checkpointing(denoisers, modules)
+    return denoisers
+
+
+def _enable_checkpointing(denoisers: dict[str, nn.Module], modules: list[nn.Module]) -> None:
+    for name, denoiser in denoisers.items():
+        if not getattr(denoiser, "_supports_gradient_checkpointing", False):
+            raise ValueError(
+                f"The {name} ({type(denoiser).__name__}) has no gradient checkpointing. Set "
+                "activation_checkpointing=False."
+            )
+        denoiser.enable_gradient_checkpointing()
+    for module in modules:
+        if hasattr(module, "decode") and getattr(module, "_supports_gradient_checkpointing", False):
+            module.enable_gradient_checkpointing()
+
+
+def find_denoisers(pipeline: DiffusionPipeline, names: list[str] | None = None) -> dict[str, nn.Module]:
+    """Find the modules to train.
+
+    Args:
+        pipeline (DiffusionPipeline): the pipeline.
+        names (list[str] | None): names of components; None takes those called transformer... or unet....
+
+    Returns:
+        dict[str, nn.Module]: by component name.
+
+    Raises:
+        ValueError: if a name is not that of a module, or none is found.
+    """
+    modules = {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
+    chosen = names if names is not None else [name for name in modules if name.startswith(DENOISER_PREFIXES)]
+    unknown = [name for name in chosen if name not in modules]
+    if unknown or not chosen:
+        raise ValueError(
+            f"{type(pipeline).__name__} has no module to train called {', '.join(unknown) or 'transformer or unet'}. "
+            f"Set denoisers to some of {sorted(modules)}."
+        )
+    return {name: modules[name] for name in chosen}
+
+
+def default_lora(denoiser: nn.Module) -> LoraConfig:
+    """LoRA on every linear layer inside the blocks of a denoiser but its modulation, alpha = rank.
+
+    Args:
+        denoiser (nn.Module): the module to adapt.
+
+    Returns:
+        LoraConfig: of rank 32, with Gaussian initialisation.
+
+    Raises:
+        ValueError: if the denoiser has no such layer.
+    """
+    blocks = [name for name, module in denoiser.named_modules() if isinstance(module, nn.ModuleList)]
+    targets = [
+        name
+        for name, module in denoiser.named_modules()
+        if isinstance(module, nn.Linear) and "norm" not in name and name.startswith(tuple(f"{b}." for b in blocks))
+    ]
+    if not targets:
+        raise ValueError(
+            f"{type(denoiser).__name__} has no linear layers in blocks, so there is no default LoRA for it. Pass a "
+            "peft_config with target_modules, or set full_finetuning=True."
+        )
+    return LoraConfig(
+        r=DEFAULT_RANK, lora_alpha=DEFAULT_RANK, init_lora_weights="gaussian", target_modules=sorted(targets)
+    )
+
+
+def attach_lora(denoisers: dict[str, nn.Module], peft_config: LoraConfig | None) -> None:
+    """Put a trainable adapter on each denoiser, in float32 at least, or go on with the one that it already has.
+
+    Args:
+        denoisers (dict[str, nn.Module]): frozen diffusers models.
+        peft_config (LoraConfig | None): None is `default_lora`, or the adapter that was loaded before.
+
+    Raises:
+        TypeError: if the configuration is not LoRA's.
+        ValueError: if it targets nothing, has dropout, or there are adapters besides it.
+    """
+    if peft_config is not None and not isinstance(peft_config, LoraConfig):
+        raise TypeError(f"peft_config must be a peft.LoraConfig, got {type(peft_config).__name__}.")
+    for name, denoiser in denoisers.items():
+        loaded = list(getattr(denoiser, "peft_config", {}))
+        if len(loaded) > 1 or (loaded and peft_config is not None):
+            raise ValueError(
+                f"The {name} already has the adapters {loaded}. Fuse or unload them to start a new one, or keep one "
+                "and pass no peft_config to go on training it."
+            )
+        if not loaded:
+            _add_adapter(name, denoiser, copy.deepcopy(peft_config) or default_lora(denoiser))
+        config = denoiser.peft_config[adapter_name(denoiser)]
+        if config.lora_dropout > 0:
+            raise ValueError(
+                f"lora_dropout={config.lora_dropout} would make trained images differ from sampled ones. Set it to 0."
+            )
+        for key, parameter in denoiser.named_parameters():
+            if "lora_" in key:
+                parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
+                parameter.requires_grad_(True)
+
+
+def _add_adapter(name: str, denoiser: nn.Module, config: LoraConfig) -> None:
+    if config.target_modules is None:
+        config.target_modules = default_lora(denoiser).target_modules
+    if not hasattr(denoiser, "add_adapter"):
+        raise ValueError(f"The {name} ({type(denoiser).__name__}) takes no LoRA adapters. Set full_finetuning=True.")
+    try:
+        denoiser.add_adapter(config)
+    except ValueError as error:
+        raise ValueError(
+            f"The LoRA of peft_config does not fit the {name}: {error}. Set target_modules to names of its linear "
+            "layers, or leave it out for the default."
+        ) from error
+
+
+def adapter_name(denoiser: nn.Module) -> str:
+    """Name of the one adapter of a denoiser."""
+    return next(iter(denoiser.peft_config))
+
+
+def lora_state_dict(denoiser: nn.Module) -> tuple[dict[str, Tensor], dict]:
+    """Read an adapter so that it means the same everywhere: alpha equals the rank, the scale is in lora_B.
+
+    Args:
+        denoiser (nn.Module): a diffusers model with one adapter.
+
+    Returns:
+        tuple[dict[str, Tensor], dict]: weights by name, on the CPU, and the PEFT configuration that fits them.
+    """
+    adapter = adapter_name(denoiser)
+    weights = {}
+    for key, value in get_peft_model_state_dict(denoiser, adapter_name=adapter).items():
+        layer, _, kind = key.rpartition(".lora_")
+        if kind.startswith(("B.", "embedding_B")):
+            value = value * denoiser.get_submodule(layer).scaling[adapter]
+        weights[key] = value.detach().cpu().contiguous()
+    config = denoiser.peft_config[adapter].to_dict()
+    config.update(lora_alpha=config["r"], alpha_pattern=dict(config["rank_pattern"]), use_rslora=False)
+    return weights, config
+
+
+def save_trained(
+    pipeline: DiffusionPipeline, denoisers: dict[str, nn.Module], directory: str | Path, full_finetuning: bool
+) -> None:
+    """Save the trained weights in the format that diffusers loads, read them back and compare.
+
+    LoRA is written by the pipeline's own `save_lora_weights`, for `pipeline.load_lora_weights(directory)`; all weights
+    by `save_pretrained` into one folder a denoiser.
+
+    Args:
+        pipeline (DiffusionPipeline): the pipeline that the denoisers belong to.
+        denoisers (dict[str, nn.Module]): unwrapped modules by component name.
+        directory (str | Path): the folder to write into.
+        full_finetuning (bool): whether all weights were trained.
+
+    Raises:
+        RuntimeError: if what is read back differs from what was trained.
+    """
+    directory = Path(directory)
+    if full_finetuning:
+        for name, denoiser in denoisers.items():
+            denoiser.save_pretrained(directory / name)
+            files = sorted((directory / name).glob("*.safetensors"))
+            saved = {key: value for file in files for key, value in load_file(file).items()}
+            _compare(saved, denoiser.state_dict(), directory / name)
+        return
+    adapters = {name: lora_state_dict(denoiser) for name, denoiser in denoisers.items()}
+    parameters = inspect.signature(getattr(pipeline, "save_lora_weights", lambda: None)).parameters
+    if all(f"{name}_lora_layers" in parameters for name in adapters):
+        arguments = {f"{name}_lora_layers": weights for name, (weights, _) in adapters.items()}
+        for name, (_, config) in adapters.items():
+            if f"{name}_lora_adapter_metadata" in parameters:
+                arguments[f"{name}_lora_adapter_metadata"] = config
+        pipeline.save_lora_weights(directory, **arguments)
+        expected = {f"{name}.{key}": value for name, (weights, _) in adapters.items() for key, value in weights.items()}
+        _compare(load_file(directory / LORA_FILE), expected, directory / LORA_FILE)
+        return
+    for name, denoiser in denoisers.items():
+        denoiser.save_lora_adapter(directory / name, adapter_name=adapter_name(denoiser))
+        logger.warning(
+            "%s has no save_lora_weights for %s; the adapter was saved for %s.load_lora_adapter(%r, prefix=None).",
+            type(pipeline).__name__,
+            name,
+            type(denoiser).__name__,
+            str(directory / name),
+        )
+
+
+def _compare(saved: dict[str, Tensor], expected: dict[str, Tensor], where: Path) -> None:
+    wrong = list(saved.keys() ^ expected.keys())
+    wrong += [key for key in saved.keys() & expected.keys() if not torch.equal(saved[key], expected[key].cpu())]
+    if wrong:
+        raise RuntimeError(
+            f"{where} does not hold the weights that were trained: {len(wrong)} tensors are missing, surplus or "
+            f"different, such as {sorted(wrong)[:3]}. The disk may be full, or another process wrote there."
+        )

@@ -1,0 +1,332 @@
+"""LeapAlignConfig: every setting of a training run."""
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import TrainingArguments
+
+from .methods import METHODS, Method
+
+RESERVED_SAMPLE_KWARGS = {
+    "prompt": "prompts come from the dataset",
+    "generator": "noise follows from seed",
+    "output_type": "it is always 'pt'",
+    "return_dict": "it is always False",
+    "num_images_per_prompt": "each prompt of the batch gets one image; repeat prompts for more",
+    "num_inference_steps": "set sample_num_steps",
+    "guidance_scale": "set sample_guidance_scale",
+    "height": "set sample_height",
+    "width": "set sample_width",
+}
+
+
+@dataclass
+class LeapAlignConfig(TrainingArguments):
+    r"""
+    Configuration of [`LeapAlignTrainer`].
+
+    Only the parameters that `TrainingArguments` does not have are listed. `LeapAlignConfig` is parsed from the command
+    line or a YAML file by `trl.TrlParser`.
+
+    > Parameters that control the sampling
+
+    Args:
+        sample_num_steps (`int`, *optional*, defaults to `25`):
+            Sampling steps of a training rollout, at least as many as the method draws.
+        sample_guidance_scale (`float`, *optional*):
+            `guidance_scale` of the pipeline. None is the pipeline's own default.
+        sample_height (`int`, *optional*):
+            Height in pixels. None is the pipeline's own default.
+        sample_width (`int`, *optional*):
+            Width in pixels. None is the pipeline's own default.
+        sample_kwargs (`dict`, *optional*):
+            Further arguments of the pipeline's call, such as `{"max_sequence_length": 256}`.
+        eval_num_steps (`int`, *optional*):
+            Sampling steps in evaluation. None is `sample_num_steps`.
+
+        > Parameters that control the method
+
+        method (`str` or [`Method`], *optional*, defaults to `"leapalign"`):
+            Name of the method, or an instance of it.
+        method_kwargs (`dict`, *optional*):
+            Settings of a method given by name, such as `{"gradient_discount": 0.1}`.
+        draw_group_size (`int`, *optional*):
+            Samples that share one choice of steps. None is all samples of an update, as in the paper; else a multiple
+            of `per_device_train_batch_size` that divides the samples of an update.
+
+        ema_decay (`float`, *optional*):
+            Decay of a moving average of the trained weights, which is then what is evaluated, saved and left in the
+            pipeline. The paper uses 0.995. None keeps the weights as they are.
+
+        > Parameters that control the reward
+
+        reward_weights (`list[float]`, *optional*):
+            Weight of each reward. None is 1 for each.
+        reward_threshold (`list[float]`, *optional*):
+            Threshold lambda of each reward, on its own scale, or one number for a single reward: samples above it have
+            no loss. None maximises without end.
+
+        > Parameters that control the prompts
+
+        train_prompts (`str` or `list[str]`, *optional*):
+            Prompts to train on: a text file with one a line, a dataset file, a dataset id on the Hub, or a list.
+        eval_prompts (`str` or `list[str]`, *optional*):
+            Prompts to evaluate on, likewise.
+        prompt_column (`str`, *optional*, defaults to `"prompt"`):
+            Column that holds the prompt. The others are passed to the reward as metadata.
+
+        > Parameters that control the model
+
+        full_finetuning (`bool`, *optional*, defaults to `False`):
+            Train all weights of the denoisers instead of a LoRA adapter.
+        denoisers (`list[str]`, *optional*):
+            Names of the pipeline's components to train. None takes those called transformer... or unet....
+        model_init_kwargs (`dict`, *optional*):
+            Arguments of `DiffusionPipeline.from_pretrained`, for a pipeline given by name.
+        dry_run (`bool`, *optional*, defaults to `True`):
+            Run one rollout and its reward when the trainer is made, so that whatever cannot work is said then.
+
+    > [!NOTE]
+    > These parameters have default values different from [`~transformers.TrainingArguments`]:
+    > - `max_steps`: 300, unless `num_train_epochs` is given.
+    > - `learning_rate`: 1e-4 for LoRA, 1e-5 (the paper's) for full fine-tuning.
+    > - `weight_decay`: 1e-4.
+    > - `lr_scheduler_type`: "constant".
+    > - `per_device_train_batch_size`: 4. The paper's updates see 64 images: mind `gradient_accumulation_steps`.
+    > - `logging_steps`: 1.
+    > - `save_steps`: 50.
+    > - `dataloader_pin_memory`: False, as prompts are no tensors.
+    > - `remove_unused_columns`: False, the only value that is possible.
+    """
+
+    num_train_epochs: float | None = field(
+        default=None, metadata={"help": "Times to go through the prompts, if max_steps is not given."}
+    )
+    learning_rate: float | None = field(
+        default=None, metadata={"help": "Learning rate. None is 1e-4 for LoRA, 1e-5 for full fine-tuning."}
+    )
+    weight_decay: float = field(default=1e-4, metadata={"help": "Weight decay of AdamW."})
+    lr_scheduler_type: str = field(default="constant", metadata={"help": "Learning rate schedule."})
+    per_device_train_batch_size: int = field(default=4, metadata={"help": "Images a device samples at a time."})
+    logging_steps: float = field(default=1, metadata={"help": "Log every so many updates."})
+    save_steps: float = field(default=50, metadata={"help": "Save a checkpoint every so many updates."})
+    dataloader_pin_memory: bool = field(default=False, metadata={"help": "Pin memory for prompts; no use in it."})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Must be False: columns are metadata."})
+
+    # Parameters that control the sampling
+    sample_num_steps: int = field(
+        default=25, metadata={"help": "Sampling steps of a training rollout, at least as many as the method draws."}
+    )
+    sample_guidance_scale: float | None = field(
+        default=None, metadata={"help": "`guidance_scale` of the pipeline. None is the pipeline's own default."}
+    )
+    sample_height: int | None = field(
+        default=None, metadata={"help": "Height in pixels. None is the pipeline's own default."}
+    )
+    sample_width: int | None = field(
+        default=None, metadata={"help": "Width in pixels. None is the pipeline's own default."}
+    )
+    sample_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={"help": 'Further arguments of the pipeline\'s call, such as `{"max_sequence_length": 256}`.'},
+    )
+    eval_num_steps: int | None = field(
+        default=None, metadata={"help": "Sampling steps in evaluation. None is `sample_num_steps`."}
+    )
+
+    # Parameters that control the method
+    method: str = field(default="leapalign", metadata={"help": "Name of the method, or an instance of it."})
+    method_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={"help": 'Settings of a method given by name, such as `{"gradient_discount": 0.1}`.'},
+    )
+    draw_group_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "Samples that share one choice of steps. None is all samples of an update, as in the paper; else "
+            "a multiple of `per_device_train_batch_size` that divides the samples of an update."
+        },
+    )
+
+    ema_decay: float | None = field(
+        default=None,
+        metadata={
+            "help": "Decay of a moving average of the trained weights, which is then what is evaluated, saved and "
+            "left in the pipeline. The paper uses 0.995. None keeps the weights as they are."
+        },
+    )
+
+    # Parameters that control the reward
+    reward_weights: list[float] | None = field(
+        default=None, metadata={"help": "Weight of each reward. None is 1 for each."}
+    )
+    reward_threshold: list[float] | None = field(
+        default=None,
+        metadata={
+            "help": "Threshold lambda of each reward, on its own scale, or one number for a single reward: samples "
+            "above it have no loss. None maximises without end."
+        },
+    )
+
+    # Parameters that control the prompts
+    train_prompts: str | None = field(
+        default=None,
+        metadata={
+            "help": "Prompts to train on: a text file with one a line, a dataset file, a dataset id on the Hub, or a "
+            "list."
+        },
+    )
+    eval_prompts: str | None = field(default=None, metadata={"help": "Prompts to evaluate on, likewise."})
+    prompt_column: str = field(
+        default="prompt",
+        metadata={"help": "Column that holds the prompt. The others are passed to the reward as metadata."},
+    )
+
+    # Parameters that control the model
+    full_finetuning: bool = field(
+        default=False, metadata={"help": "Train all weights of the denoisers instead of a LoRA adapter."}
+    )
+    denoisers: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Names of the pipeline's components to train. None takes those called transformer... or unet...."
+        },
+    )
+    model_init_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={"help": "Arguments of `DiffusionPipeline.from_pretrained`, for a pipeline given by name."},
+    )
+    dry_run: bool = field(
+        default=True,
+        metadata={
+            "help": "Run one rollout and its reward when the trainer is made, so that whatever cannot work is said "
+            "then."
+        },
+    )
+
+    def __post_init__(self):
+        if self.num_train_epochs is None:
+            self.num_train_epochs = 1.0
+            if self.max_steps <= 0:
+                self.max_steps = 300
+        if self.learning_rate is None:
+            self.learning_rate = 1e-5 if self.full_finetuning else 1e-4
+        for name in ("sample_kwargs", "method_kwargs", "model_init_kwargs"):
+            setattr(self, name, _read_dict(name, getattr(self, name)))
+        if isinstance(self.reward_threshold, (int, float)):
+            self.reward_threshold = [float(self.reward_threshold)]
+        if self.metric_for_best_model is None and (self.load_best_model_at_end or self.save_strategy == "best"):
+            self.metric_for_best_model = "reward"
+        self._validate_sampling()
+        self.build_method()
+        super().__post_init__()
+        self._validate_training()
+
+    def build_method(self) -> Method:
+        """Return the method that `method` and `method_kwargs` describe.
+
+        Raises:
+            ValueError: if the method or one of its settings is unknown, or a setting is out of range.
+            TypeError: if `method` is neither a name nor a method.
+        """
+        settings = self.method_kwargs
+        if isinstance(self.method, Method):
+            if settings:
+                raise ValueError(
+                    f"method is an instance, so method_kwargs={settings} would have no effect. Pass them to "
+                    f"{type(self.method).__name__}(...) instead."
+                )
+            return self.method
+        if not isinstance(self.method, str):
+            raise TypeError(f"method must be a name or a Method, got {self.method!r}. Names: {sorted(METHODS)}.")
+        if self.method not in METHODS:
+            raise ValueError(f"method={self.method!r} is unknown; choose one of {sorted(METHODS)}.")
+        method = METHODS[self.method]
+        known = [option.name for option in dataclasses.fields(method)]
+        unknown = sorted(set(settings) - set(known))
+        if unknown:
+            raise ValueError(f"The method {self.method!r} has no settings {unknown}; it has {known}.")
+        return method(**settings)
+
+    def call_kwargs(self, num_steps: int | None = None) -> dict[str, Any]:
+        """Arguments of the pipeline's call that are the same for every batch.
+
+        Args:
+            num_steps (int | None): sampling steps; None is `sample_num_steps`.
+
+        Returns:
+            dict[str, Any]: by the pipeline's names.
+        """
+        optional = {
+            "guidance_scale": self.sample_guidance_scale,
+            "height": self.sample_height,
+            "width": self.sample_width,
+        }
+        given = {name: value for name, value in optional.items() if value is not None}
+        return {"num_inference_steps": num_steps or self.sample_num_steps, **given, **self.sample_kwargs}
+
+    def to_dict(self) -> dict[str, Any]:
+        values = super().to_dict()
+        if isinstance(self.method, Method):
+            values["method"] = repr(self.method)
+        return values
+
+    def _validate_sampling(self) -> None:
+        for name in ("sample_num_steps", "eval_num_steps", "sample_height", "sample_width", "draw_group_size"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or value < 1):
+                raise ValueError(f"{name}={value!r} must be a whole number of at least 1.")
+        if self.ema_decay is not None and not 0.0 < self.ema_decay < 1.0:
+            raise ValueError(f"ema_decay={self.ema_decay} must lie between 0 and 1. The paper uses 0.995.")
+        for name, reason in RESERVED_SAMPLE_KWARGS.items():
+            if name in self.sample_kwargs:
+                raise ValueError(f"sample_kwargs cannot set {name!r}: {reason}.")
+
+    def _validate_training(self) -> None:
+        if self.remove_unused_columns:
+            raise ValueError("remove_unused_columns=True would drop the metadata of the prompts. Leave it False.")
+        for name in ("eval_strategy", "save_strategy", "logging_strategy"):
+            if getattr(self, name) == "epoch":
+                raise ValueError(f"{name}='epoch' is not supported, since prompts are an endless stream. Use 'steps'.")
+        if self.train_sampling_strategy not in ("random", "sequential"):
+            raise ValueError(
+                f"train_sampling_strategy={self.train_sampling_strategy!r} groups tokens; use 'random' or 'sequential'."
+            )
+        if self.auto_find_batch_size:
+            raise ValueError(
+                "auto_find_batch_size would change which noise belongs to which sample. Set "
+                "per_device_train_batch_size, and gradient_accumulation_steps to keep the update's size."
+            )
+        if self.activation_checkpointing and self.activation_checkpointing_kwargs:
+            raise ValueError(
+                f"activation_checkpointing_kwargs={self.activation_checkpointing_kwargs} would have no effect: "
+                "diffusers models checkpoint each block without reentrance. Leave it out."
+            )
+        samples = self.samples_per_update
+        if self.draw_group_size is not None and (
+            self.draw_group_size % self.per_device_train_batch_size or samples % self.draw_group_size
+        ):
+            raise ValueError(
+                f"draw_group_size={self.draw_group_size} must be a multiple of per_device_train_batch_size="
+                f"{self.per_device_train_batch_size} that divides the {samples} samples of an update."
+            )
+
+    @property
+    def samples_per_update(self) -> int:
+        """Samples of one update, over all processes."""
+        return self.per_device_train_batch_size * self.gradient_accumulation_steps * self.world_size
+
+
+def _read_dict(name: str, value: Any) -> dict[str, Any]:
+    if value is None:
+        return {}
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{name}={value!r} is not a JSON object: {error}.") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{name} must be a dict, got {value!r}.")
+    return dict(value)

@@ -1,0 +1,437 @@
+"""LeapAlignTrainer: prompts -> rollout -> reward -> loss."""
+
+import copy
+import math
+import resource
+import time
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
+from accelerate.utils import gather_object
+from diffusers import DiffusionPipeline
+from peft import LoraConfig
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.utils.data import SequentialSampler
+from transformers import Trainer, TrainerCallback, set_seed
+
+from .adapters import prepare_denoisers, save_trained
+from .callbacks import WeightAverage
+from .leapalign_config import LeapAlignConfig
+from .losses import reward_loss
+from .model_card import write_model_card
+from .prompts import PromptFunction, PromptSource, PromptStream, choose_prompts, collate, load_prompts, split_row
+from .rewards import RewardFunction, RewardSet, Scores
+from .rollout import RolloutOutput, check_call_arguments, load_pipeline
+from .rollout_model import RolloutModel, batch_call_kwargs, seeded
+from .seeds import Purpose, make_generator
+
+TRAINED_FILE = "trained_parameters.safetensors"
+STEPS_WITHOUT_GRADIENT = 10
+
+ImageSamplesHook = Callable[[list[tuple], int, GeneralTracker | None], None]
+
+
+class LeapAlignTrainer(Trainer):
+    """Aligns a flow-matching pipeline with a differentiable reward, by LeapAlign or another direct-gradient method.
+
+    Arguments are those of TRL's DDPOTrainer in a new order; the training loop is that of `transformers.Trainer`. After
+    `train()` the pipeline carries the trained weights.
+
+    Args:
+        pipeline (DiffusionPipeline | str): a pipeline with a flow-matching scheduler, or its Hub id or path.
+        reward_function (RewardFunction | Sequence[RewardFunction]): `reward(images, prompts, metadata)` with images
+            (B, 3, H, W) in [0, 1] that carry the graph, or video (B, F, 3, H, W), returns differentiable rewards (B,),
+            or these and a dict to report. Several are weighted by `config.reward_weights`.
+        config (LeapAlignConfig | None): settings.
+        prompt_function (PromptFunction | None): returns a prompt and its metadata; in place of a dataset.
+        image_samples_hook (ImageSamplesHook | None): called as `hook(image_data, global_step, tracker)` when training
+            logs and after an evaluation; `image_data` is a list of (images, prompts, metadata, rewards, details), and
+            `tracker` the Accelerate tracker of the first entry of `config.report_to`, or None.
+        train_dataset (PromptSource | None): prompts to train on; its other columns are the metadata.
+        eval_dataset (PromptSource | None): prompts of `evaluate()`.
+        peft_config (LoraConfig | None): the adapter; None is a LoRA of rank 32 on the linear layers of all blocks, or
+            the adapter that the pipeline already has.
+        callbacks (list[TrainerCallback] | None): further callbacks.
+        optimizers (tuple): optimizer and learning rate scheduler, to replace those of the config.
+
+    Raises:
+        TypeError: if an argument is of the wrong kind, or unknown to the pipeline's call.
+        ValueError: if the pipeline, the prompts, the reward or the adapter cannot be trained with.
+        RuntimeError: if no gradient reaches the denoisers.
+    """
+
+    _tag_names = ("trl", "leapalign")
+
+    def __init__(
+        self,
+        pipeline: DiffusionPipeline | str,
+        reward_function: RewardFunction | Sequence[RewardFunction],
+        config: LeapAlignConfig | None = None,
+        prompt_function: PromptFunction | None = None,
+        image_samples_hook: ImageSamplesHook | None = None,
+        *,
+        train_dataset: PromptSource | None = None,
+        eval_dataset: PromptSource | None = None,
+        peft_config: LoraConfig | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple = (None, None),
+    ):
+        config = copy.copy(config) if config is not None else LeapAlignConfig()
+        set_seed(config.seed)
+        self.pipeline = load_pipeline(pipeline, config.device, config.model_init_kwargs)
+        check_call_arguments(self.pipeline, ["prompt", "generator", *config.call_kwargs()])
+        self.rewards = RewardSet(reward_function, config.reward_weights, config.reward_threshold)
+        self.image_samples_hook = image_samples_hook
+        self.prompt_source = choose_prompts(
+            config.prompt_column,
+            prompt_function=prompt_function,
+            train_dataset=train_dataset,
+            train_prompts=config.train_prompts,
+        )
+        eval_source = eval_dataset if eval_dataset is not None else config.eval_prompts
+        eval_rows = load_prompts(eval_source, config.prompt_column, split="test") if eval_source is not None else None
+        config.max_steps = _count_steps(config, self.prompt_source)
+        denoisers = prepare_denoisers(
+            self.pipeline,
+            config.denoisers,
+            peft_config,
+            full_finetuning=config.full_finetuning,
+            checkpointing=config.activation_checkpointing,
+        )
+        model = RolloutModel(
+            self.pipeline,
+            denoisers,
+            config.build_method(),
+            config.call_kwargs(),
+            seed=config.seed,
+            draw_group_size=config.draw_group_size or config.samples_per_update,
+        )
+        super().__init__(
+            model=model,
+            args=config,
+            data_collator=collate,
+            train_dataset=PromptStream(
+                self.prompt_source,
+                config.max_steps * config.samples_per_update,
+                seed=config.seed if config.data_seed is None else config.data_seed,
+                prompt_column=config.prompt_column,
+                shuffle=config.train_sampling_strategy == "random",
+            ),
+            eval_dataset=eval_rows,
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+        self.rollout_model = model
+        self.weight_average: WeightAverage | None = None
+        if config.ema_decay is not None:
+            self.weight_average = WeightAverage(model, config.ema_decay)
+            self.add_callback(self.weight_average)
+        self.pipeline.to(config.device)
+        self.rewards.prepare(config.device)
+        self._metrics: dict[str, list[Tensor]] = defaultdict(list)
+        self._last_samples: tuple | None = None
+        self._last_log = (time.perf_counter(), 0)
+        self._steps_without_gradient = 0
+        if config.dry_run:
+            self._dry_run()
+
+    @property
+    def denoisers(self) -> dict[str, nn.Module]:
+        """The trained components of the pipeline, by name."""
+        return dict(self.rollout_model.denoisers.items())
+
+    # Training
+
+    def _get_train_sampler(self, train_dataset: PromptStream | None = None) -> SequentialSampler:
+        return SequentialSampler(train_dataset or self.train_dataset)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, list],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor | tuple[Tensor, RolloutOutput]:
+        """Sample images for a batch of prompts, reward them and return the weighted hinge loss.
+
+        Args:
+            model (nn.Module): the rollout model, as wrapped for training.
+            inputs (dict[str, list]): "prompts", "metadata" and "indices" of the batch.
+            return_outputs (bool): also return the rollout.
+            num_items_in_batch (Tensor | int | None): unused; the loss is a mean over samples.
+
+        Returns:
+            Tensor | tuple[Tensor, RolloutOutput]: scalar loss.
+        """
+        output = model(inputs["prompts"], inputs["indices"])
+        scores = self._score(output.images, inputs["prompts"], inputs["metadata"])
+        loss = reward_loss(
+            scores.rewards, output.weights.to(scores.rewards.dtype), self.rewards.weights, self.rewards.thresholds
+        )
+        self._record(output, scores, loss)
+        self._last_samples = (
+            output.images.detach(), inputs["prompts"], inputs["metadata"], scores.total, scores.details
+        )  # fmt: skip
+        return (loss, output) if return_outputs else loss
+
+    def _score(self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Scores:
+        precise = images.to(torch.promote_types(images.dtype, torch.float32))
+        with torch.autocast(images.device.type, enabled=False):
+            return self.rewards(precise, prompts, metadata)
+
+    def _record(self, output: RolloutOutput, scores: Scores, loss: Tensor) -> None:
+        images = output.images.detach()
+        values = {
+            "reward": scores.total,
+            "reward_std": scores.total.std(correction=0),
+            **(scores.metrics if len(self.rewards.functions) > 1 else {}),
+            **output.metrics,
+            "saturated": ((images <= 0) | (images >= 1)).float(),
+            "below_threshold": _below_threshold(scores.rewards, self.rewards.thresholds).float(),
+            "finite": torch.isfinite(loss).float(),
+        }
+        for number, step in enumerate(output.active_steps):
+            values[f"active_step_{number}"] = torch.tensor(float(step), device=images.device)
+        for name, value in values.items():
+            self._metrics[name].append(value.detach().float().mean())
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Tensor | float | None = None) -> Tensor | float:
+        """Stop before the optimizer's step if something is not finite, or nothing was learnt for long."""
+        norm = super()._get_grad_norm(model, grad_norm)
+        steps = self.args.gradient_accumulation_steps
+        values = torch.as_tensor(norm, dtype=torch.float32, device=self.args.device).reshape(1)
+        finite = torch.stack(self._metrics["finite"][-steps:]).min().reshape(1)
+        active = torch.stack(self._metrics["below_threshold"][-steps:]).max().reshape(1)
+        status = self.accelerator.gather(torch.stack([values, finite, active], dim=1)).cpu()
+        overflow_is_handled = self.accelerator.scaler is not None
+        if (status[:, 1] < 1).any() or not (overflow_is_handled or torch.isfinite(status[:, 0]).all()):
+            metrics = {name: values[-1].item() for name, values in self._metrics.items()}
+            raise FloatingPointError(
+                f"Update {self.state.global_step + 1}: the loss or its gradient is not finite (gradient norm "
+                f"{status[:, 0].max().item()}). The weights were not changed. Last metrics: {metrics}. Resume from the "
+                "last checkpoint with a lower learning_rate, max_grad_norm or gradient_discount, or in bfloat16 or "
+                "float32, and check the reward on the images of this step."
+            )
+        idle = bool((status[:, 2] > 0).any() and (status[:, 0] == 0).all())
+        self._steps_without_gradient = self._steps_without_gradient + 1 if idle else 0
+        if self._steps_without_gradient >= STEPS_WITHOUT_GRADIENT:
+            raise RuntimeError(
+                f"The gradient was exactly zero for {STEPS_WITHOUT_GRADIENT} updates though rewards are below their "
+                f"threshold, so nothing is learnt. {self._metrics['saturated'][-1].item():.0%} of the pixels are "
+                "saturated, which have no gradient; else the reward is constant around these images."
+            )
+        return norm
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log values, in training together with the means of the rollouts' metrics since the last time.
+
+        Args:
+            logs (dict[str, float]): values by name.
+            start_time (float | None): start of training, for Trainer.
+        """
+        training = "loss" in logs and self._metrics
+        if training:
+            logs.update(self._pop_metrics())
+        if not callable(self.prompt_source):
+            self.state.epoch = self.state.global_step * self.args.samples_per_update / len(self.prompt_source)
+        super().log(logs, start_time)
+        if training:
+            self._show([self._last_samples])
+
+    def _show(self, image_data: list[tuple]) -> None:
+        if self.image_samples_hook is not None and self.is_world_process_zero():
+            self.image_samples_hook(image_data, self.state.global_step, self._tracker)
+
+    @cached_property
+    def _tracker(self) -> GeneralTracker | None:
+        names = [name for name in self.args.report_to if name in LOGGER_TYPE_TO_CLASS]
+        if not names:
+            return None
+        tracker_class = LOGGER_TYPE_TO_CLASS[names[0]]
+        needed = {"logging_dir": self.args.output_dir} if tracker_class.requires_logging_directory else {}
+        tracker = tracker_class(self.args.run_name or "trl_leapalign", **needed)
+        tracker.start()
+        return tracker
+
+    def _pop_metrics(self) -> dict[str, float]:
+        self._metrics.pop("finite")
+        names = sorted(self._metrics)
+        means = torch.stack([torch.stack(self._metrics[name]).mean() for name in names])
+        gathered = self.accelerator.gather(means[None]).mean(0).tolist()
+        self._metrics.clear()
+        now, step = time.perf_counter(), self.state.global_step
+        seconds = (now - self._last_log[0]) / max(step - self._last_log[1], 1)
+        self._last_log = (now, step)
+        return {
+            **dict(zip(names, gathered, strict=True)),
+            "seconds_per_step": seconds,
+            "peak_memory_gib": _peak_memory_gib(self.args.device),
+        }
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train as `transformers.Trainer.train`; the pipeline carries the trained weights afterwards."""
+        self._last_log = (time.perf_counter(), self.state.global_step)
+        return super().train(*args, **kwargs)
+
+    # Evaluation
+
+    @torch.no_grad()
+    def evaluate(
+        self,
+        eval_dataset: PromptSource | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """Reward images of fixed prompts with fixed noise.
+
+        Args:
+            eval_dataset (PromptSource | None): prompts; None takes those given to the trainer.
+            ignore_keys (list[str] | None): unused, for Trainer.
+            metric_key_prefix (str): put before the names of the metrics.
+
+        Returns:
+            dict[str, float]: mean and standard deviation of the reward, each single reward, and seconds.
+
+        Raises:
+            ValueError: if there are no prompts.
+        """
+        source = eval_dataset if eval_dataset is not None else self.eval_dataset
+        if source is None:
+            raise ValueError("There are no prompts to evaluate on. Pass eval_dataset, or set eval_prompts.")
+        rows = load_prompts(source, self.args.prompt_column)
+        start = time.perf_counter()
+        batches, values = [], []
+        mine = range(self.args.process_index, len(rows), self.args.world_size)
+        for begin in range(0, len(mine), self.args.per_device_eval_batch_size):
+            indices = mine[begin : begin + self.args.per_device_eval_batch_size]
+            prompts, metadata = zip(*(split_row(rows[i], self.args.prompt_column) for i in indices), strict=True)
+            with self._averaged():
+                images = self._sample(list(prompts), list(indices))
+            scores = self._score(images, list(prompts), list(metadata))
+            batches.append((images, list(prompts), list(metadata), scores.total, scores.details))
+            metrics = {key: value.tolist() for key, value in scores.metrics.items() if value.shape == (len(prompts),)}
+            values += [
+                {"reward": total, **{key: value[i] for key, value in metrics.items()}}
+                for i, total in enumerate(scores.total.tolist())
+            ]
+        values = gather_object(values)
+        columns = {name: torch.tensor([value[name] for value in values]) for name in values[0]}
+        if len(self.rewards.functions) == 1:
+            columns = {"reward": columns["reward"]}
+        logs = {f"{metric_key_prefix}_{name}": column.mean().item() for name, column in columns.items()}
+        logs[f"{metric_key_prefix}_reward_std"] = columns["reward"].std(correction=0).item()
+        logs[f"{metric_key_prefix}_runtime"] = time.perf_counter() - start
+        self.log(logs)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, logs)
+        self._show(batches)
+        return logs
+
+    def _averaged(self) -> AbstractContextManager:
+        return nullcontext() if self.weight_average is None else self.weight_average.applied()
+
+    def _sample(self, prompts: list[str], indices: list[int]) -> Tensor:
+        kwargs = batch_call_kwargs(self.args.call_kwargs(self.args.eval_num_steps), len(prompts))
+        generators = [make_generator(self.args.seed, Purpose.EVALUATION, index) for index in indices]
+        with seeded(self.args.seed, Purpose.EVALUATION, indices[0]), self.accelerator.autocast():
+            return self.pipeline(prompt=prompts, generator=generators, output_type="pt", return_dict=False, **kwargs)[0]
+
+    # Checks before training
+
+    def _dry_run(self) -> None:
+        """Run one rollout and its reward, and differentiate: whatever cannot work is found out before training."""
+        count = min(2, self.args.per_device_train_batch_size)
+        batch = collate([self.train_dataset[index] for index in range(count)])
+        parameters = [parameter for parameter in self.rollout_model.parameters() if parameter.requires_grad]
+        with self.accelerator.autocast():
+            output = self.rollout_model(batch["prompts"], batch["indices"])
+        scores = self._score(output.images, batch["prompts"], batch["metadata"])
+        if not torch.isfinite(scores.rewards).all():
+            raise ValueError(
+                f"The reward of the untrained pipeline's images is not finite: {scores.rewards.tolist()} for "
+                f"{self.rewards.names}. Check the reward, and that the pipeline's images are (black or NaN images come "
+                "from a decoder in float16)."
+            )
+        gradients = torch.autograd.grad(scores.rewards.sum(), parameters, allow_unused=True)
+        found = [gradient for gradient in gradients if gradient is not None]
+        if not found:
+            raise RuntimeError(
+                f"No gradient of the reward reaches the trained parameters of {list(self.denoisers)}. Name the "
+                "components that sample with denoisers=[...]."
+            )
+        if not all(torch.isfinite(gradient).all() for gradient in found):
+            raise ValueError("The gradient of the reward is not finite on the untrained pipeline's images.")
+
+    # Saving
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        directory = Path(output_dir or self.args.output_dir)
+        directory.mkdir(parents=True, exist_ok=True)
+        with self._averaged():
+            save_trained(self.pipeline, self.denoisers, directory, self.args.full_finetuning)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if self.args.should_save:
+            save_file(self._trained_parameters(), Path(output_dir) / TRAINED_FILE)
+            if self.weight_average is not None:
+                self.weight_average.save(output_dir)
+        super()._save_optimizer_and_scheduler(output_dir)
+
+    def _trained_parameters(self) -> dict[str, Tensor]:
+        return {
+            name: parameter.detach().cpu().contiguous()
+            for name, parameter in self.rollout_model.named_parameters()
+            if parameter.requires_grad
+        }
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        directory = Path(resume_from_checkpoint)
+        file = directory / TRAINED_FILE
+        saved = load_file(file) if file.is_file() else {}
+        missing = self._trained_parameters().keys() - saved.keys()
+        if missing:
+            raise ValueError(
+                f"{directory} is not a checkpoint of this training: {len(missing)} of its parameters are not there, "
+                f"such as {sorted(missing)[:2]}. Give a checkpoint-... folder, with the same peft_config, that was not "
+                "saved with save_only_model."
+            )
+        self.rollout_model.load_state_dict(saved, strict=False)
+        if self.weight_average is not None:
+            self.weight_average.load(directory)
+
+    def _load_best_model(self) -> None:
+        self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+    def create_model_card(self, **kwargs: Any) -> None:
+        """Write the card of the trained weights into `output_dir`.
+
+        Args:
+            **kwargs: entries of the card's metadata that replace those found out, such as `license` or `tags`.
+        """
+        if self.is_world_process_zero():
+            write_model_card(self, Path(self.args.output_dir), **kwargs)
+
+
+def _count_steps(config: LeapAlignConfig, prompts: Sequence | PromptFunction) -> int:
+    if config.max_steps > 0:
+        return config.max_steps
+    if callable(prompts):
+        raise ValueError("A prompt_function has no end, so num_train_epochs means nothing. Set max_steps.")
+    return math.ceil(config.num_train_epochs * len(prompts) / config.samples_per_update)
+
+
+def _below_threshold(rewards: Tensor, thresholds: Sequence[float | None]) -> Tensor:
+    limits = torch.tensor([math.inf if limit is None else limit for limit in thresholds], device=rewards.device)
+    return (rewards.detach() < limits[:, None]).any(0)
+
+
+def _peak_memory_gib(device: torch.device) -> float:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

@@ -1,0 +1,31 @@
+"""From rewards to a loss. Pure torch."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def reward_loss(
+    rewards: Tensor, weights: Tensor, coefficients: Sequence[float], thresholds: Sequence[float | None]
+) -> Tensor:
+    """Weighted hinge loss over one or several rewards (LeapAlign, Sec. 4.3).
+
+        L = mean over the batch of  w * sum over m of  c_m * max(0, lambda_m - r_m)
+
+    A reward without threshold is maximised without end: `-r_m` stands in place of the hinge.
+
+    Args:
+        rewards (Tensor): one row a reward, shape (M, B), with graph.
+        weights (Tensor): loss weight of each sample, shape (B,).
+        coefficients (Sequence[float]): weight c_m of each reward, length M.
+        thresholds (Sequence[float | None]): lambda_m of each reward, on its own scale, length M.
+
+    Returns:
+        Tensor: scalar loss.
+    """
+    terms = [
+        coefficient * (-reward if threshold is None else (threshold - reward).clamp(min=0))
+        for reward, coefficient, threshold in zip(rewards, coefficients, thresholds, strict=True)
+    ]
+    return (weights * torch.stack(terms).sum(0)).mean()

@@ -1,0 +1,66 @@
+"""The card of trained weights on the Hub."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from huggingface_hub import ModelCard, ModelCardData
+
+if TYPE_CHECKING:
+    from .leapalign_trainer import LeapAlignTrainer
+
+LOAD_LORA = 'pipeline.load_lora_weights("{repository}")'
+LOAD_FULL = 'pipeline.{name} = {model}.from_pretrained("{repository}", subfolder="{name}")'
+TEMPLATE = """---
+{{ card_data }}
+---
+
+# {{ name }}
+
+{{ kind }} for `{{ base }}`, trained to raise {{ rewards }} by
+`trl_leapalign` ([LeapAlign](https://huggingface.co/papers/2604.15311)) with the method `{{ method }}`.
+
+```python
+from diffusers import DiffusionPipeline
+
+pipeline = DiffusionPipeline.from_pretrained("{{ base }}")
+{{ load }}
+image = pipeline("{{ prompt }}").images[0]
+```
+"""
+
+
+def write_model_card(trainer: "LeapAlignTrainer", directory: Path, **metadata: Any) -> None:
+    """Write `README.md` with what was trained from what, how to load it, and the tags that the Hub's pages go by.
+
+    Args:
+        trainer (LeapAlignTrainer): the trainer of the weights.
+        directory (Path): the folder to write into.
+        **metadata: entries of the card that replace those found out: `license`, `tags`, `finetuned_from`, `model_name`.
+    """
+    base = metadata.get("finetuned_from") or getattr(trainer.pipeline.config, "_name_or_path", None)
+    on_hub = bool(base) and not Path(base).exists()
+    repository = trainer.hub_model_id or directory.name
+    lora = not trainer.args.full_finetuning
+    name, denoiser = next(iter(trainer.denoisers.items()))
+    load = LOAD_LORA if lora else LOAD_FULL
+    tags = metadata.get("tags") or []
+    tags = [tags] if isinstance(tags, str) else list(tags)
+    tags += ["text-to-image", "diffusers", "diffusers-training", *(["lora"] if lora else []), *trainer._tag_names]
+    card_data = ModelCardData(
+        license=metadata.get("license"),
+        library_name="diffusers",
+        base_model=base if on_hub else None,
+        tags=sorted(set(tags)),
+    )
+    card = ModelCard.from_template(
+        card_data,
+        template_str=TEMPLATE,
+        name=metadata.get("model_name") or repository,
+        kind="LoRA adapter" if lora else "Weights",
+        base=base or type(trainer.pipeline).__name__,
+        rewards=", ".join(f"`{reward}`" for reward in trainer.rewards.names),
+        method=repr(trainer.rollout_model.method),
+        load=load.format(repository=repository, name=name, model=type(denoiser).__name__),
+        prompt=trainer.train_dataset[0]["prompt"].replace('"', "'"),
+    )
+    card.save(directory / "README.md")

@@ -1,0 +1,203 @@
+"""Prompts from a list, a file, a Hub id, a Dataset or a function, and the endless stream that training reads."""
+
+import random
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import datasets
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from .seeds import Purpose, derive_seed
+
+PromptFunction: TypeAlias = Callable[[], tuple[str, dict[str, Any]]]
+PromptSource: TypeAlias = str | Path | Sequence[str] | Sequence[dict[str, Any]] | datasets.Dataset
+
+DATA_FILES = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+
+
+def load_prompts(source: PromptSource, prompt_column: str = "prompt", split: str = "train") -> datasets.Dataset | list:
+    """Read prompts and the other columns of their rows.
+
+    Args:
+        source (PromptSource): a Dataset; a list of prompts or of rows; the path of a text file with one prompt a line,
+            or of a .json, .jsonl, .csv or .parquet file; or the id of a dataset on the Hub.
+        prompt_column (str): the column that holds the prompt.
+        split (str): the split to load from the Hub.
+
+    Returns:
+        datasets.Dataset | list[dict]: rows that have `prompt_column`.
+
+    Raises:
+        TypeError: if the source is of another kind.
+        ValueError: if there are no prompts, or one is missing or empty.
+    """
+    rows = _read(source, prompt_column, split)
+    if len(rows) == 0:
+        raise ValueError("There are no prompts: the dataset, list or file that was given is empty.")
+    columns = rows.column_names if isinstance(rows, datasets.Dataset) else sorted({key for row in rows for key in row})
+    if prompt_column not in columns:
+        raise ValueError(
+            f"The prompts have no column {prompt_column!r}; there are {columns}. Set prompt_column to the one that "
+            "holds the prompt."
+        )
+    prompts = rows[prompt_column] if isinstance(rows, datasets.Dataset) else [row.get(prompt_column) for row in rows]
+    for index, prompt in enumerate(prompts):
+        if not isinstance(prompt, str) or not prompt.strip():
+            raise ValueError(f"Prompt {index} is {prompt!r}; every row needs a text that is not empty.")
+    return rows
+
+
+def choose_prompts(
+    prompt_column: str, prompt_function: PromptFunction | None, **sources: PromptSource | None
+) -> "datasets.Dataset | list[dict[str, Any]] | PromptFunction":
+    """Take the one source of training prompts that was given.
+
+    Args:
+        prompt_column (str): the column that holds the prompt.
+        prompt_function (PromptFunction | None): returns a prompt and its metadata.
+        **sources (PromptSource | None): other sources, by the name that the user knows them by.
+
+    Returns:
+        datasets.Dataset | list[dict] | PromptFunction: rows, or the function.
+
+    Raises:
+        TypeError: if a source is of the wrong kind.
+        ValueError: if none or several were given, or there are no prompts in it.
+    """
+    given = {name: source for name, source in sources.items() if source is not None}
+    if (prompt_function is not None) + len(given) != 1:
+        names = [*(["prompt_function"] if prompt_function is not None else []), *given]
+        raise ValueError(
+            f"Prompts must come from exactly one of prompt_function, {', '.join(sources)}; got "
+            f"{', '.join(names) or 'none'}."
+        )
+    if prompt_function is None:
+        return load_prompts(next(iter(given.values())), prompt_column)
+    if not callable(prompt_function):
+        raise TypeError(f"prompt_function must be callable, got {type(prompt_function).__name__}.")
+    return prompt_function
+
+
+def _read(source: PromptSource, prompt_column: str, split: str) -> datasets.Dataset | list[dict[str, Any]]:
+    if isinstance(source, (str, Path)):
+        return _read_path(str(source), prompt_column, split)
+    if isinstance(source, (datasets.IterableDataset, datasets.IterableDatasetDict)):
+        raise TypeError(
+            "A streaming dataset cannot be resumed exactly. Load it with streaming=False, or give a prompt_function."
+        )
+    if isinstance(source, datasets.DatasetDict):
+        raise TypeError(f"Got a DatasetDict with the splits {list(source)}; pass one of them.")
+    if isinstance(source, datasets.Dataset):
+        return source
+    if isinstance(source, Sequence):
+        return [{prompt_column: row} if not isinstance(row, dict) else row for row in source]
+    raise TypeError(
+        f"Prompts come from a Dataset, a list, a file or a Hub id, but a {type(source).__name__} was given."
+    )
+
+
+def _read_path(source: str, prompt_column: str, split: str) -> datasets.Dataset | list[dict[str, Any]]:
+    path = Path(source)
+    if path.is_file() and path.suffix in DATA_FILES:
+        return datasets.load_dataset(DATA_FILES[path.suffix], data_files=source, split="train")
+    if path.is_file():
+        lines = path.read_text(encoding="utf-8").splitlines()
+        return [{prompt_column: line.strip()} for line in lines if line.strip()]
+    if path.suffix in (".txt", *DATA_FILES):
+        raise ValueError(f"The prompt file {source!r} does not exist.")
+    return datasets.load_dataset(source, split=split)
+
+
+class PromptStream(Dataset):
+    """Numbered training samples: sample i is the same in every run, on any number of processes.
+
+    Rows are read in a new random order each time through; a function is called under random states of its own.
+
+    Args:
+        source (datasets.Dataset | list[dict] | PromptFunction): rows, or a function that returns a prompt and metadata.
+        num_samples (int): samples that training will read.
+        seed (int): of the order, or of the function's random states.
+        prompt_column (str): the column that holds the prompt; the other columns are the metadata.
+        shuffle (bool): whether rows are shuffled.
+    """
+
+    def __init__(
+        self,
+        source: "datasets.Dataset | list[dict[str, Any]] | PromptFunction",
+        num_samples: int,
+        seed: int,
+        prompt_column: str = "prompt",
+        shuffle: bool = True,
+    ):
+        self.source = source
+        self.num_samples = num_samples
+        self.seed = seed
+        self.prompt_column = prompt_column
+        self.shuffle = shuffle
+        self.order = lru_cache(maxsize=2)(self._order)
+
+    def __len__(self) -> int:
+        return self.num_samples
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        if callable(self.source):
+            prompt, metadata = call_prompt_function(self.source, derive_seed(self.seed, Purpose.PROMPTS, index))
+        else:
+            epoch, position = divmod(index, len(self.source))
+            prompt, metadata = split_row(self.source[self.order(epoch)[position]], self.prompt_column)
+        return {"prompt": prompt, "metadata": metadata, "index": index}
+
+    def _order(self, epoch: int) -> list[int]:
+        rows = np.arange(len(self.source))
+        return (np.random.default_rng([self.seed, epoch]).permutation(rows) if self.shuffle else rows).tolist()
+
+
+def split_row(row: dict[str, Any], prompt_column: str) -> tuple[str, dict[str, Any]]:
+    """Split a row into its prompt and the metadata, which are all of its other columns."""
+    return row[prompt_column], {key: value for key, value in row.items() if key != prompt_column}
+
+
+def collate(samples: list[dict[str, Any]]) -> dict[str, list]:
+    """Gather samples of a `PromptStream` into lists: prompts, metadata and indices."""
+    return {
+        "prompts": [sample["prompt"] for sample in samples],
+        "metadata": [sample["metadata"] for sample in samples],
+        "indices": [sample["index"] for sample in samples],
+    }
+
+
+def call_prompt_function(function: PromptFunction, seed: int) -> tuple[str, dict[str, Any]]:
+    """Call a prompt function under its own random states, so that its answer depends on the seed alone.
+
+    Args:
+        function (PromptFunction): returns a prompt and its metadata; may draw from `random`, numpy and torch.
+        seed (int): of these three.
+
+    Returns:
+        tuple[str, dict]: prompt and metadata.
+
+    Raises:
+        TypeError: if the function returns something else.
+    """
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=[]):
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        torch.manual_seed(seed)
+        try:
+            result = function()
+        finally:
+            random.setstate(python_state)
+            np.random.set_state(numpy_state)
+    if not (isinstance(result, tuple) and len(result) == 2 and isinstance(result[0], str) and result[0].strip()):
+        raise TypeError(
+            f"prompt_function must return (prompt, metadata) with a prompt that is not empty, but returned {result!r}."
+        )
+    prompt, metadata = result
+    if not isinstance(metadata, dict):
+        raise TypeError(f"prompt_function must return its metadata as a dict, but returned {metadata!r}.")
+    return prompt, metadata

@@ -1,0 +1,3 @@
+from .base import RewardFunction, RewardSet, Scores
+
+__all__ = ["RewardFunction", "RewardSet", "Scores"]

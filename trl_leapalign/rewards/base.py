@@ -1,0 +1,138 @@
+"""The one contract of rewards, and the checks that a reward function keeps it."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+RewardFunction: TypeAlias = Callable[[Tensor, list[str], list[dict[str, Any]]], "Tensor | tuple[Tensor, dict]"]
+"""`reward(images, prompts, metadata)` with images (B, 3, H, W) in [0, 1] that carry the graph, or video
+(B, F, 3, H, W), returns rewards (B,), or these and a dict of things to report."""
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What the rewards say of a batch.
+
+    Args:
+        rewards (Tensor): one row a reward, shape (M, B), float32 or float64, with graph if the images have one.
+        total (Tensor): sum of the rewards times their weights, shape (B,), detached.
+        metrics (dict[str, Tensor]): values to log by name, detached: each reward's, and the tensors of its dict.
+        details (dict[str, Any]): all that the rewards returned beside the rewards, by name.
+    """
+
+    rewards: Tensor
+    total: Tensor
+    metrics: dict[str, Tensor]
+    details: dict[str, Any]
+
+
+class RewardSet:
+    """One or several reward functions with their weights and thresholds.
+
+    Args:
+        functions (RewardFunction | Sequence[RewardFunction]): the reward function or functions.
+        weights (Sequence[float] | None): c_m of each; None is 1 for each.
+        thresholds (Sequence[float | None] | None): lambda_m of each, on its own scale; None is none for each.
+
+    Raises:
+        TypeError: if one is not callable.
+        ValueError: if there is none, or the weights or thresholds do not match them.
+    """
+
+    def __init__(
+        self,
+        functions: RewardFunction | Sequence[RewardFunction],
+        weights: Sequence[float] | None = None,
+        thresholds: Sequence[float | None] | None = None,
+    ):
+        self.functions = list(functions) if isinstance(functions, (list, tuple)) else [functions]
+        if not self.functions:
+            raise ValueError("There is no reward: pass a reward function, or a list of them that is not empty.")
+        for function in self.functions:
+            if not callable(function):
+                raise TypeError(
+                    f"A reward must be callable as reward(images, prompts, metadata), but {function!r} is not."
+                )
+        count = len(self.functions)
+        self.weights = [1.0] * count if weights is None else list(weights)
+        self.thresholds = [None] * count if thresholds is None else list(thresholds)
+        for name, values in (("reward_weights", self.weights), ("reward_threshold", self.thresholds)):
+            if len(values) != count:
+                raise ValueError(f"{name} has {len(values)} entries for {count} rewards: {values}. Give one for each.")
+        self.names = _unique([_name(function) for function in self.functions])
+
+    def prepare(self, device: torch.device) -> None:
+        """Move reward models to a device, freeze them and put them in eval mode."""
+        for function in self.functions:
+            if isinstance(function, nn.Module):
+                function.to(device).eval().requires_grad_(False)
+
+    def __call__(self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Scores:
+        """Score a batch.
+
+        Args:
+            images (Tensor): shape (B, 3, H, W), or (B, F, 3, H, W) for video, in [0, 1].
+            prompts (list[str]): length B.
+            metadata (list[dict]): length B.
+
+        Returns:
+            Scores: rewards with graph, and what to log.
+
+        Raises:
+            TypeError: if a reward returns something that is not a floating tensor.
+            ValueError: if its shape is wrong, or it has lost the graph.
+        """
+        rows, metrics, details = [], {}, {}
+        for name, function in zip(self.names, self.functions, strict=True):
+            result = function(images, prompts, metadata)
+            rewards, extra = result if isinstance(result, tuple) and len(result) == 2 else (result, {})
+            check_rewards(rewards, images, name)
+            rows.append(rewards.to(torch.promote_types(rewards.dtype, torch.float32)))
+            metrics[f"reward_{name}"] = rows[-1].detach()
+            details[name] = extra
+            metrics.update({key: value.detach() for key, value in extra.items() if isinstance(value, Tensor)})
+        rewards = torch.stack(rows)
+        total = torch.tensor(self.weights, dtype=rewards.dtype, device=rewards.device) @ rewards.detach()
+        return Scores(rewards, total, metrics, details)
+
+
+def check_rewards(rewards: Any, images: Tensor, name: str) -> None:
+    """Check what a reward function returned for some images.
+
+    Args:
+        rewards (Any): what it returned.
+        images (Tensor): what it was given, shape (B, ...).
+        name (str): of the reward, for the message.
+
+    Raises:
+        TypeError: if it is not a floating tensor.
+        ValueError: if it is not of shape (B,), or has no graph though the images have one.
+    """
+    if not isinstance(rewards, Tensor):
+        raise TypeError(
+            f"The reward {name!r} returned a {type(rewards).__name__}, through which no gradient flows. Return a "
+            "tensor of shape (B,) computed from the images with torch operations."
+        )
+    if not rewards.is_floating_point():
+        raise TypeError(f"The reward {name!r} returned {rewards.dtype}, which has no gradient. Return floats.")
+    if rewards.shape != (len(images),):
+        raise ValueError(
+            f"The reward {name!r} returned shape {tuple(rewards.shape)} for {len(images)} images. Return one reward an "
+            f"image, shape ({len(images)},)."
+        )
+    if images.requires_grad and not rewards.requires_grad:
+        raise ValueError(
+            f"The reward {name!r} is detached from the images, so there is nothing to learn from. Compute it with "
+            "torch operations only: no .detach(), .numpy(), PIL images, torch.no_grad() or image processors."
+        )
+
+
+def _name(function: RewardFunction) -> str:
+    return getattr(function, "__name__", type(function).__name__).replace("<lambda>", "lambda")
+
+
+def _unique(names: list[str]) -> list[str]:
+    return [name if names.count(name) == 1 else f"{name}_{index}" for index, name in enumerate(names)]

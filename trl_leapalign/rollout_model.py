@@ -1,0 +1,89 @@
+"""The module that is trained: it owns the denoisers, and its forward is the rollout."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import nn
+
+from .methods import Method
+from .rollout import RolloutOutput, run_rollout
+from .seeds import Purpose, derive_seed, make_generator
+
+
+class RolloutModel(nn.Module):
+    """Makes one forward call of one rollout, so that DDP synchronises gradients however often the denoiser runs.
+
+    Args:
+        pipeline (DiffusionPipeline): the pipeline that is run; not a part of the module.
+        denoisers (dict[str, nn.Module]): its components that are trained.
+        method (Method): how the reward's gradient reaches them.
+        call_kwargs (dict[str, Any]): arguments of the pipeline's call that are the same for every batch.
+        seed (int): of noise and step choices.
+        draw_group_size (int): consecutive samples that share one choice of steps.
+    """
+
+    accepts_loss_kwargs = False
+
+    def __init__(
+        self,
+        pipeline: DiffusionPipeline,
+        denoisers: dict[str, nn.Module],
+        method: Method,
+        call_kwargs: dict[str, Any],
+        seed: int,
+        draw_group_size: int,
+    ):
+        super().__init__()
+        self.denoisers = nn.ModuleDict(denoisers)
+        self.pipeline = pipeline
+        self.method = method
+        self.call_kwargs = call_kwargs
+        self.seed = seed
+        self.draw_group_size = draw_group_size
+
+    def train(self, mode: bool = True) -> "RolloutModel":
+        """Stay in eval mode: what is trained is what is sampled."""
+        return super().train(False)
+
+    def forward(self, prompts: list[str], indices: list[int]) -> RolloutOutput:
+        """Run the pipeline on some prompts.
+
+        Args:
+            prompts (list[str]): length B.
+            indices (list[int]): number of each sample in the run, which its noise follows from.
+
+        Returns:
+            RolloutOutput: images with graph, weights, active steps and metrics.
+        """
+        with seeded(self.seed, Purpose.NOISE, indices[0]):
+            return run_rollout(
+                self.pipeline,
+                self.method,
+                method_generator=make_generator(self.seed, Purpose.STEPS, indices[0] // self.draw_group_size),
+                prompt=prompts,
+                generator=[make_generator(self.seed, Purpose.NOISE, index) for index in indices],
+                **batch_call_kwargs(self.call_kwargs, len(prompts)),
+            )
+
+    def activation_checkpointing_enable(self, **kwargs: Any) -> None:
+        """Called by Trainer; the trainer has enabled it already, with what diffusers calls it."""
+
+
+def batch_call_kwargs(call_kwargs: dict[str, Any], batch_size: int) -> dict[str, Any]:
+    """Repeat texts for each sample of a batch, since not every pipeline does it for those beside the prompt."""
+    return {
+        name: [value] * batch_size if "prompt" in name and isinstance(value, str) else value
+        for name, value in call_kwargs.items()
+    }
+
+
+@contextmanager
+def seeded(seed: int, purpose: Purpose, *key: int) -> Iterator[None]:
+    """Seed torch's global random states for some schedulers that draw from them, and put them back."""
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(derive_seed(seed, purpose, *key))
+        yield
