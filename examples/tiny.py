@@ -11,9 +11,12 @@ from diffusers import (
 )
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
+    CLIPConfig,
+    CLIPModel,
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
+    CLIPVisionConfig,
     PreTrainedTokenizerFast,
     T5Config,
     T5EncoderModel,
@@ -171,3 +174,21 @@ def tiny_sd3(seed: int = 0) -> StableDiffusion3Pipeline:
             ),
         )
     )
+
+
+def tiny_clip(seed: int = 0) -> CLIPModel:
+    """Build a CLIP model for images of 16 x 16 pixels.
+
+    Args:
+        seed (int): of the random weights.
+
+    Returns:
+        CLIPModel: in eval mode.
+    """
+    torch.manual_seed(seed)
+    vision = CLIPVisionConfig(
+        hidden_size=32, intermediate_size=37, num_hidden_layers=2, num_attention_heads=4, image_size=16, patch_size=4
+    )
+    return CLIPModel(
+        CLIPConfig(text_config=_clip_config().to_dict(), vision_config=vision.to_dict(), projection_dim=16)
+    ).eval()

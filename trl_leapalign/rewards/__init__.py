@@ -1,3 +1,4 @@
 from .base import RewardFunction, RewardSet, Scores
+from .clip import CLIPReward
 
-__all__ = ["RewardFunction", "RewardSet", "Scores"]
+__all__ = ["CLIPReward", "RewardFunction", "RewardSet", "Scores"]
