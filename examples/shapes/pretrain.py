@@ -12,7 +12,7 @@ import math
 import random
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +24,6 @@ from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
 from examples.shapes import world
-
 
 TAG_WEIGHTS = {"single_object": 1, "two_object": 2, "counting": 2, "colors": 1.5, "position": 2, "color_attr": 2.5}
 WRONG_SCENES = {
@@ -59,7 +58,9 @@ class Settings:
 def build_tokenizer() -> PreTrainedTokenizerFast:
     """One token per word of the world; `</s>` is not token 2, which CLIP takes as a sign of its legacy pooling."""
     prefixes = [prefix for split in world.SPLITS for prefix in world.PREFIXES[split]]
-    captions = [world.caption(said) for tag in world.TAGS for each in world.contents(tag) for said in world.wordings(each)]
+    captions = [
+        world.caption(said) for tag in world.TAGS for each in world.contents(tag) for said in world.wordings(each)
+    ]
     words = sorted({word for text in prefixes + captions for word in text.split()})
     vocabulary = {token: index for index, token in enumerate([PAD, EOS, UNKNOWN, *words])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
@@ -103,7 +104,7 @@ def build_pipeline() -> FluxPipeline:
 def zero_output_projections(transformer: FluxTransformer2DModel) -> None:
     """Starts every block as the identity and the predicted velocity at zero, as diffusion transformers should."""
     for name, module in transformer.named_modules():
-        if isinstance(module, torch.nn.Linear) and (name.endswith("linear") and "norm" in name or name == "proj_out"):
+        if isinstance(module, torch.nn.Linear) and ((name.endswith("linear") and "norm" in name) or name == "proj_out"):
             torch.nn.init.zeros_(module.weight)
             torch.nn.init.zeros_(module.bias)
 
@@ -215,15 +216,14 @@ def train_vae(vae: AutoencoderKL, images: Tensor, settings: Settings, checkpoint
 
     modules = torch.nn.ModuleDict({"vae": vae})
     Stage("vae", modules, settings.vae_lr, settings.vae_steps, checkpoint).run(loss_of, settings.save_seconds)
-    latents = torch.cat([moments.chunk(2, dim=1)[0] for moments in encoded(vae, images[:2048])])
+    latents = encoded(vae, images[:2048])
     vae.register_to_config(shift_factor=latents.mean().item(), scaling_factor=1 / latents.std().item())
 
 
 @torch.no_grad()
-def encoded(vae: AutoencoderKL, images: Tensor, batch: int = 128) -> Iterator[Tensor]:
-    """Means and log-variances of the latents, batch by batch, each (B, 2 * C, h, w)."""
-    for chunk in images.split(batch):
-        yield vae.encode(to_model_range(chunk)).latent_dist.parameters
+def encoded(vae: AutoencoderKL, images: Tensor, batch: int = 128) -> Tensor:
+    """Mean latents of images in [0, 255]: (N, 3, H, W) -> (N, C, h, w)."""
+    return torch.cat([vae.encode(to_model_range(chunk)).latent_dist.mean for chunk in images.split(batch)])
 
 
 def train_flow(
@@ -240,17 +240,16 @@ def train_flow(
     """
     vae, transformer = pipeline.vae, pipeline.transformer
     shift, scale = vae.config.shift_factor, vae.config.scaling_factor
-    mean, log_variance = torch.cat(list(encoded(vae, images))).chunk(2, dim=1)
-    deviation = torch.exp(0.5 * log_variance)
+    latents = (encoded(vae, images) - shift) * scale
     tokens = pipeline.tokenizer(prompts, padding="max_length", return_tensors="pt").input_ids
-    height, width = mean.shape[2] // 2, mean.shape[3] // 2
+    height, width = latents.shape[2] // 2, latents.shape[3] // 2
+    latents = pipeline._pack_latents(latents, *latents.shape)
     image_ids = pipeline._prepare_latent_image_ids(None, height, width, "cpu", torch.float32)
     text_ids = torch.zeros(PROMPT_LENGTH, 3)
 
     def loss_of(generator: torch.Generator) -> Tensor:
-        chosen = torch.randint(len(mean), (settings.flow_batch,), generator=generator)
-        clean = mean[chosen] + deviation[chosen] * torch.randn(mean[chosen].shape, generator=generator)
-        clean = pipeline._pack_latents((clean - shift) * scale, *clean.shape)
+        chosen = torch.randint(len(latents), (settings.flow_batch,), generator=generator)
+        clean = latents[chosen]
         noise = torch.randn(clean.shape, generator=generator)
         uniform = (torch.arange(len(clean)) + torch.rand(len(clean), generator=generator)) / len(clean)
         sigma = SHIFT * uniform / (1 + (SHIFT - 1) * uniform)

@@ -17,10 +17,14 @@ from typing import Any
 
 import numpy as np
 
-
 IMAGE_SIZE = 48
 BACKGROUND = (0.5, 0.5, 0.5)
-COLORS = {"red": (0.92, 0.16, 0.16), "green": (0.16, 0.84, 0.16), "blue": (0.16, 0.20, 0.94), "white": (0.90, 0.90, 0.90)}
+COLORS = {
+    "red": (0.92, 0.16, 0.16),
+    "green": (0.16, 0.84, 0.16),
+    "blue": (0.16, 0.20, 0.94),
+    "white": (0.90, 0.90, 0.90),
+}
 SHAPES = ("ring", "triangle", "cross", "square")
 NUMBERS = ("one", "two", "three", "four")
 RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
