@@ -2,7 +2,6 @@
 
 import copy
 import math
-import resource
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -11,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 from accelerate.utils import gather_object
@@ -408,6 +408,12 @@ class LeapAlignTrainer(Trainer):
     def _load_best_model(self) -> None:
         self._load_from_checkpoint(self.state.best_model_checkpoint)
 
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if self.args.should_save:
+            self._save(self.args.output_dir)
+            self.create_model_card()
+        super()._push_from_checkpoint(checkpoint_folder)
+
     def create_model_card(self, **kwargs: Any) -> None:
         """Write the card of the trained weights into `output_dir`.
 
@@ -433,5 +439,8 @@ def _below_threshold(rewards: Tensor, thresholds: Sequence[float | None]) -> Ten
 
 def _peak_memory_gib(device: torch.device) -> float:
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        peak = torch.cuda.max_memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        return peak / 2**30
+    memory = psutil.Process().memory_info()
+    return getattr(memory, "peak_wset", memory.rss) / 2**30  # only Windows keeps a peak

@@ -318,9 +318,11 @@ class _Recorder:
         next_active = any(stream.is_active(stream.num_taken) for stream in streams)
         begun = self.finished or any(stream.num_taken for stream in streams)
         through = begun and not any(stream.running for stream in streams)
-        torch.set_grad_enabled(bool(next_active or through))
-        # A weight cast by autocast without gradient would be used again with gradient.
-        torch.clear_autocast_cache()
+        enabled = bool(next_active or through)
+        if enabled != torch.is_grad_enabled():
+            torch.set_grad_enabled(enabled)
+            # A weight that autocast cast without gradient would be used again with gradient.
+            torch.clear_autocast_cache()
 
     def collect(self, images: Any, pipeline: DiffusionPipeline) -> RolloutOutput:
         name = type(pipeline).__name__
