@@ -3,6 +3,8 @@
 import copy
 import inspect
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -17,6 +19,25 @@ logger = logging.getLogger(__name__)
 LORA_FILE = "pytorch_lora_weights.safetensors"
 DEFAULT_RANK = 32
 DENOISER_PREFIXES = ("transformer", "unet")
+
+
+@contextmanager
+def restored_on_error(pipeline: DiffusionPipeline) -> Iterator[None]:
+    """Take new adapters off a pipeline and unfreeze what was not frozen, if what follows raises."""
+    modules = [component for component in pipeline.components.values() if isinstance(component, nn.Module)]
+    bare = [module for module in modules if not getattr(module, "peft_config", None)]
+    trainable = [parameter for module in modules for parameter in module.parameters() if parameter.requires_grad]
+    try:
+        yield
+    except BaseException:
+        for module in bare:
+            if getattr(module, "_hf_peft_config_loaded", False):
+                module.unload_lora()
+        for module in modules:
+            module.requires_grad_(False)
+        for parameter in trainable:
+            parameter.requires_grad_(True)
+        raise
 
 
 def prepare_denoisers(
@@ -133,7 +154,7 @@ def attach_lora(denoisers: dict[str, nn.Module], peft_config: LoraConfig | None)
 
     Raises:
         TypeError: if the configuration is not LoRA's.
-        ValueError: if it targets nothing, has dropout, or there are adapters besides it.
+        ValueError: if it targets nothing, has dropout or what cannot be loaded again, or there are adapters besides it.
     """
     if peft_config is not None and not isinstance(peft_config, LoraConfig):
         raise TypeError(f"peft_config must be a peft.LoraConfig, got {type(peft_config).__name__}.")
@@ -146,11 +167,7 @@ def attach_lora(denoisers: dict[str, nn.Module], peft_config: LoraConfig | None)
             )
         if not loaded:
             _add_adapter(name, denoiser, copy.deepcopy(peft_config) or default_lora(denoiser))
-        config = denoiser.peft_config[adapter_name(denoiser)]
-        if config.lora_dropout > 0:
-            raise ValueError(
-                f"lora_dropout={config.lora_dropout} would make trained images differ from sampled ones. Set it to 0."
-            )
+        _check_adapter(denoiser.peft_config[adapter_name(denoiser)])
         for key, parameter in denoiser.named_parameters():
             if "lora_" in key:
                 parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
@@ -169,6 +186,18 @@ def _add_adapter(name: str, denoiser: nn.Module, config: LoraConfig) -> None:
             f"The LoRA of peft_config does not fit the {name}: {error}. Set target_modules to names of its linear "
             "layers, or leave it out for the default."
         ) from error
+
+
+def _check_adapter(config: LoraConfig) -> None:
+    if config.lora_dropout > 0:
+        raise ValueError(
+            f"lora_dropout={config.lora_dropout} would make trained images differ from sampled ones. Set it to 0."
+        )
+    if config.bias != "none" or config.modules_to_save:
+        raise ValueError(
+            f"bias={config.bias!r} and modules_to_save={config.modules_to_save} train more than low-rank weights, which "
+            "pipelines cannot load from an adapter's file. Leave them out, or set full_finetuning=True."
+        )
 
 
 def adapter_name(denoiser: nn.Module) -> str:

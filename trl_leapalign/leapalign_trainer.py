@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils.data import SequentialSampler
 from transformers import Trainer, TrainerCallback, set_seed
 
-from .adapters import prepare_denoisers, save_trained
+from .adapters import prepare_denoisers, restored_on_error, save_trained
 from .callbacks import WeightAverage
 from .leapalign_config import LeapAlignConfig
 from .losses import reward_loss
@@ -98,49 +98,48 @@ class LeapAlignTrainer(Trainer):
         eval_source = eval_dataset if eval_dataset is not None else config.eval_prompts
         eval_rows = load_prompts(eval_source, config.prompt_column, split="test") if eval_source is not None else None
         config.max_steps = _count_steps(config, self.prompt_source)
-        denoisers = prepare_denoisers(
-            self.pipeline,
-            config.denoisers,
-            peft_config,
-            full_finetuning=config.full_finetuning,
-            checkpointing=config.activation_checkpointing,
-        )
-        model = RolloutModel(
-            self.pipeline,
-            denoisers,
-            config.build_method(),
-            config.call_kwargs(),
-            seed=config.seed,
-            draw_group_size=config.draw_group_size or config.samples_per_update,
-        )
-        super().__init__(
-            model=model,
-            args=config,
-            data_collator=collate,
-            train_dataset=PromptStream(
-                self.prompt_source,
-                config.max_steps * config.samples_per_update,
-                seed=config.seed if config.data_seed is None else config.data_seed,
-                prompt_column=config.prompt_column,
-                shuffle=config.train_sampling_strategy == "random",
-            ),
-            eval_dataset=eval_rows,
-            callbacks=callbacks,
-            optimizers=optimizers,
-        )
-        self.rollout_model = model
+        # Trainer would copy the denoisers to all devices of the process, but the rollout runs the pipeline's own.
+        config._n_gpu = min(config.n_gpu, 1)
         self.weight_average: WeightAverage | None = None
-        if config.ema_decay is not None:
-            self.weight_average = WeightAverage(model, config.ema_decay)
-            self.add_callback(self.weight_average)
-        self.pipeline.to(config.device)
-        self.rewards.prepare(config.device)
-        self._metrics: dict[str, list[Tensor]] = defaultdict(list)
-        self._last_samples: tuple | None = None
-        self._last_log = (time.perf_counter(), 0)
-        self._steps_without_gradient = 0
-        if config.dry_run:
-            self._dry_run()
+        self._reset_metrics()
+        with restored_on_error(self.pipeline):
+            denoisers = prepare_denoisers(
+                self.pipeline,
+                config.denoisers,
+                peft_config,
+                full_finetuning=config.full_finetuning,
+                checkpointing=config.activation_checkpointing,
+            )
+            self.rollout_model = RolloutModel(
+                self.pipeline,
+                denoisers,
+                config.build_method(),
+                config.call_kwargs(),
+                seed=config.seed,
+                draw_group_size=config.draw_group_size or config.samples_per_update,
+            )
+            super().__init__(
+                model=self.rollout_model,
+                args=config,
+                data_collator=collate,
+                train_dataset=PromptStream(
+                    self.prompt_source,
+                    config.max_steps * config.samples_per_update,
+                    seed=config.seed if config.data_seed is None else config.data_seed,
+                    prompt_column=config.prompt_column,
+                    shuffle=config.train_sampling_strategy == "random",
+                ),
+                eval_dataset=eval_rows,
+                callbacks=callbacks,
+                optimizers=optimizers,
+            )
+            if config.ema_decay is not None:
+                self.weight_average = WeightAverage(self.rollout_model, config.ema_decay)
+                self.add_callback(self.weight_average)
+            self.pipeline.to(config.device)
+            self.rewards.prepare(config.device)
+            if config.dry_run:
+                self._dry_run()
 
     @property
     def denoisers(self) -> dict[str, nn.Module]:
@@ -191,7 +190,7 @@ class LeapAlignTrainer(Trainer):
         values = {
             "reward": scores.total,
             "reward_std": scores.total.std(correction=0),
-            **(scores.metrics if len(self.rewards.functions) > 1 else {}),
+            **scores.metrics,
             **output.metrics,
             "saturated": ((images <= 0) | (images >= 1)).float(),
             "below_threshold": _below_threshold(scores.rewards, self.rewards.thresholds).float(),
@@ -236,7 +235,7 @@ class LeapAlignTrainer(Trainer):
             logs (dict[str, float]): values by name.
             start_time (float | None): start of training, for Trainer.
         """
-        training = "loss" in logs and self._metrics
+        training = "loss" in logs and bool(self._metrics)
         if training:
             logs.update(self._pop_metrics())
         if not callable(self.prompt_source):
@@ -265,20 +264,26 @@ class LeapAlignTrainer(Trainer):
         names = sorted(self._metrics)
         means = torch.stack([torch.stack(self._metrics[name]).mean() for name in names])
         gathered = self.accelerator.gather(means[None]).mean(0).tolist()
+        steps = len(self._metrics["reward"]) / self.args.gradient_accumulation_steps
+        seconds = time.perf_counter() - self._last_log
         self._metrics.clear()
-        now, step = time.perf_counter(), self.state.global_step
-        seconds = (now - self._last_log[0]) / max(step - self._last_log[1], 1)
-        self._last_log = (now, step)
+        self._last_log = time.perf_counter()
         return {
             **dict(zip(names, gathered, strict=True)),
-            "seconds_per_step": seconds,
+            "seconds_per_step": seconds / steps,
             "peak_memory_gib": _peak_memory_gib(self.args.device),
         }
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train as `transformers.Trainer.train`; the pipeline carries the trained weights afterwards."""
-        self._last_log = (time.perf_counter(), self.state.global_step)
+        self._reset_metrics()
         return super().train(*args, **kwargs)
+
+    def _reset_metrics(self) -> None:
+        self._metrics: dict[str, list[Tensor]] = defaultdict(list)
+        self._last_samples: tuple | None = None
+        self._last_log = time.perf_counter()
+        self._steps_without_gradient = 0
 
     # Evaluation
 
@@ -323,8 +328,6 @@ class LeapAlignTrainer(Trainer):
             ]
         values = gather_object(values)
         columns = {name: torch.tensor([value[name] for value in values]) for name in values[0]}
-        if len(self.rewards.functions) == 1:
-            columns = {"reward": columns["reward"]}
         logs = {f"{metric_key_prefix}_{name}": column.mean().item() for name, column in columns.items()}
         logs[f"{metric_key_prefix}_reward_std"] = columns["reward"].std(correction=0).item()
         logs[f"{metric_key_prefix}_runtime"] = time.perf_counter() - start

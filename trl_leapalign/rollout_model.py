@@ -43,6 +43,7 @@ class RolloutModel(nn.Module):
         self.call_kwargs = call_kwargs
         self.seed = seed
         self.draw_group_size = draw_group_size
+        self.eval()
 
     def train(self, mode: bool = True) -> "RolloutModel":
         """Stay in eval mode: what is trained is what is sampled."""

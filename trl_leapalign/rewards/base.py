@@ -19,7 +19,8 @@ class Scores:
     Args:
         rewards (Tensor): one row a reward, shape (M, B), float32 or float64, with graph if the images have one.
         total (Tensor): sum of the rewards times their weights, shape (B,), detached.
-        metrics (dict[str, Tensor]): values to log by name, detached: each reward's, and the tensors of its dict.
+        metrics (dict[str, Tensor]): values to log by name, detached: each reward's if there are several, and the
+            tensors of its dict.
         details (dict[str, Any]): all that the rewards returned beside the rewards, by name.
     """
 
@@ -89,9 +90,15 @@ class RewardSet:
         for name, function in zip(self.names, self.functions, strict=True):
             result = function(images, prompts, metadata)
             rewards, extra = result if isinstance(result, tuple) and len(result) == 2 else (result, {})
+            if not isinstance(extra, dict):
+                raise TypeError(
+                    f"The reward {name!r} returned a {type(extra).__name__} beside its rewards. Return the rewards "
+                    "alone, or (rewards, dict)."
+                )
             check_rewards(rewards, images, name)
             rows.append(rewards.to(torch.promote_types(rewards.dtype, torch.float32)))
-            metrics[f"reward_{name}"] = rows[-1].detach()
+            if len(self.functions) > 1:
+                metrics[f"reward_{name}"] = rows[-1].detach()
             details[name] = extra
             metrics.update({key: value.detach() for key, value in extra.items() if isinstance(value, Tensor)})
         rewards = torch.stack(rows)
