@@ -301,7 +301,7 @@ def test_several_rewards_are_logged_by_name(tmp_path):
     trainer = make_trainer(tmp_path, reward=[redness, with_details], reward_weights=[2.0, 0.5], max_steps=1)
     trainer.train()
     update = trainer.state.log_history[0]
-    images, prompts, metadata, rewards, details = trainer._last_samples
+    images, prompts, metadata, _, details = trainer._last_samples
     red, mean = redness(images, prompts, metadata).item(), images.mean().item()
     assert update["reward_redness"] == pytest.approx(red, rel=1e-6)
     assert update["reward_with_details"] == pytest.approx(mean, rel=1e-6)

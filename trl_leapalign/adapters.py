@@ -3,6 +3,7 @@
 import copy
 import inspect
 import logging
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -65,7 +66,15 @@ def prepare_denoisers(
         ValueError: if there is nothing to train, or an option does not fit the modules.
     """
     denoisers = find_denoisers(pipeline, names)
-    modules = [component for component in pipeline.components.values() if isinstance(component, nn.Module)]
+    parts = {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
+    modules = list(parts.values())
+    frozen = parts if full_finetuning else parts.keys() - denoisers
+    adapted = sorted(name for name in frozen if getattr(parts[name], "peft_config", None))
+    if adapted:
+        raise ValueError(
+            f"The {', '.join(adapted)} has an adapter that would act in training but not be saved. Merge it with "
+            "pipeline.fuse_lora() and pipeline.unload_lora_weights(), or unload it."
+        )
     for module in modules:
         module.eval().requires_grad_(False)
     if not full_finetuning:
@@ -73,11 +82,20 @@ def prepare_denoisers(
     elif peft_config is not None:
         raise ValueError("full_finetuning=True trains all weights, so peft_config would have no effect. Drop one.")
     else:
-        for denoiser in denoisers.values():
-            denoiser.requires_grad_(True)
+        for name, denoiser in denoisers.items():
+            _train_all_weights(name, denoiser)
     if checkpointing:
         _enable_checkpointing(denoisers, modules)
     return denoisers
+
+
+def _train_all_weights(name: str, denoiser: nn.Module) -> None:
+    if denoiser.dtype not in (torch.float32, torch.float64):
+        raise ValueError(
+            f"Weights in {denoiser.dtype} are too coarse for full fine-tuning: most updates would be rounded away. Load "
+            f"the {name} with torch_dtype={{'{name}': torch.float32, 'default': torch.bfloat16}} and set bf16=True."
+        )
+    denoiser.requires_grad_(True)
 
 
 def _enable_checkpointing(denoisers: dict[str, nn.Module], modules: list[nn.Module]) -> None:
@@ -118,7 +136,7 @@ def find_denoisers(pipeline: DiffusionPipeline, names: list[str] | None = None) 
 
 
 def default_lora(denoiser: nn.Module) -> LoraConfig:
-    """LoRA on every linear layer inside the blocks of a denoiser but its modulation, alpha = rank.
+    """LoRA on the linear layers inside the blocks of a denoiser but those of norms and modulations, alpha = rank.
 
     Args:
         denoiser (nn.Module): the module to adapt.
@@ -133,7 +151,9 @@ def default_lora(denoiser: nn.Module) -> LoraConfig:
     targets = [
         name
         for name, module in denoiser.named_modules()
-        if isinstance(module, nn.Linear) and "norm" not in name and name.startswith(tuple(f"{b}." for b in blocks))
+        if isinstance(module, nn.Linear)
+        and name.startswith(tuple(f"{block}." for block in blocks))
+        and not re.search(r"norm|modulation|_mod\b|adaln", name.lower())
     ]
     if not targets:
         raise ValueError(
@@ -165,9 +185,10 @@ def attach_lora(denoisers: dict[str, nn.Module], peft_config: LoraConfig | None)
                 f"The {name} already has the adapters {loaded}. Fuse or unload them to start a new one, or keep one "
                 "and pass no peft_config to go on training it."
             )
+        config = denoiser.peft_config[loaded[0]] if loaded else copy.deepcopy(peft_config) or default_lora(denoiser)
+        _check_adapter(config)
         if not loaded:
-            _add_adapter(name, denoiser, copy.deepcopy(peft_config) or default_lora(denoiser))
-        _check_adapter(denoiser.peft_config[adapter_name(denoiser)])
+            _add_adapter(name, denoiser, config)
         for key, parameter in denoiser.named_parameters():
             if "lora_" in key:
                 parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
@@ -195,8 +216,8 @@ def _check_adapter(config: LoraConfig) -> None:
         )
     if config.bias != "none" or config.modules_to_save:
         raise ValueError(
-            f"bias={config.bias!r} and modules_to_save={config.modules_to_save} train more than low-rank weights, which "
-            "pipelines cannot load from an adapter's file. Leave them out, or set full_finetuning=True."
+            f"bias={config.bias!r} and modules_to_save={config.modules_to_save} train more than low-rank weights, "
+            "which pipelines cannot load from an adapter's file. Leave them out, or set full_finetuning=True."
         )
 
 

@@ -20,6 +20,7 @@ RESERVED_SAMPLE_KWARGS = {
     "height": "set sample_height",
     "width": "set sample_width",
 }
+METRIC_SCHEDULERS = ("reduce_lr_on_plateau", "greedy")
 
 
 @dataclass
@@ -217,7 +218,8 @@ class LeapAlignConfig(TrainingArguments):
             setattr(self, name, _read_dict(name, getattr(self, name)))
         if isinstance(self.reward_threshold, (int, float)):
             self.reward_threshold = [float(self.reward_threshold)]
-        if self.metric_for_best_model is None and (self.load_best_model_at_end or self.save_strategy == "best"):
+        compares = self.load_best_model_at_end or self.save_strategy == "best"
+        if self.metric_for_best_model is None and (compares or self.lr_scheduler_type in METRIC_SCHEDULERS):
             self.metric_for_best_model = "reward"
         self._validate_sampling()
         self.build_method()

@@ -3,7 +3,6 @@
 import copy
 import math
 import time
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
@@ -20,20 +19,22 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import SequentialSampler
 from transformers import Trainer, TrainerCallback, set_seed
+from transformers.trainer_utils import HubStrategy, TrainOutput
 
 from .adapters import prepare_denoisers, restored_on_error, save_trained
 from .callbacks import WeightAverage
 from .leapalign_config import LeapAlignConfig
 from .losses import reward_loss
+from .metrics import MetricBuffer, merge, summarise
 from .model_card import write_model_card
 from .prompts import PromptFunction, PromptSource, PromptStream, choose_prompts, collate, load_prompts, split_row
 from .rewards import RewardFunction, RewardSet, Scores
-from .rollout import RolloutOutput, check_call_arguments, load_pipeline
-from .rollout_model import RolloutModel, batch_call_kwargs, seeded
+from .rollout import RolloutOutput, check_call_arguments, load_pipeline, quiet
+from .rollout_model import RolloutModel, batch_call_kwargs, solver_noise
 from .seeds import Purpose, make_generator
 
 TRAINED_FILE = "trained_parameters.safetensors"
-STEPS_WITHOUT_GRADIENT = 10
+MOST_IDLE_UPDATES = 10
 
 ImageSamplesHook = Callable[[list[tuple], int, GeneralTracker | None], None]
 
@@ -133,10 +134,11 @@ class LeapAlignTrainer(Trainer):
                 callbacks=callbacks,
                 optimizers=optimizers,
             )
+            self._refuse_sharding()
+            self.pipeline.to(config.device)
             if config.ema_decay is not None:
                 self.weight_average = WeightAverage(self.rollout_model, config.ema_decay)
-                self.add_callback(self.weight_average)
-            self.pipeline.to(config.device)
+                self.callback_handler.callbacks.insert(0, self.weight_average)
             self.rewards.prepare(config.device)
             if config.dry_run:
                 self._dry_run()
@@ -187,44 +189,45 @@ class LeapAlignTrainer(Trainer):
 
     def _record(self, output: RolloutOutput, scores: Scores, loss: Tensor) -> None:
         images = output.images.detach()
-        values = {
-            "reward": scores.total,
-            "reward_std": scores.total.std(correction=0),
-            **scores.metrics,
-            **output.metrics,
-            "saturated": ((images <= 0) | (images >= 1)).float(),
-            "below_threshold": _below_threshold(scores.rewards, self.rewards.thresholds).float(),
-            "finite": torch.isfinite(loss).float(),
-        }
-        for number, step in enumerate(output.active_steps):
-            values[f"active_step_{number}"] = torch.tensor(float(step), device=images.device)
-        for name, value in values.items():
-            self._metrics[name].append(value.detach().float().mean())
+        saturated = ((images <= 0) | (images >= 1)).flatten(1).float().mean(1)
+        steps = {f"active_step_{n}": torch.tensor(float(step)) for n, step in enumerate(output.active_steps)}
+        self._metrics.add(
+            {
+                "reward": scores.total,
+                **scores.metrics,
+                **output.metrics,
+                **{name: step.to(images.device) for name, step in steps.items()},
+                "saturated": saturated,
+                "below_threshold": _below_threshold(scores.rewards, self.rewards.thresholds),
+                "finite": torch.isfinite(loss),
+            }
+        )
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Tensor | float | None = None) -> Tensor | float:
         """Stop before the optimizer's step if something is not finite, or nothing was learnt for long."""
         norm = super()._get_grad_norm(model, grad_norm)
         steps = self.args.gradient_accumulation_steps
-        values = torch.as_tensor(norm, dtype=torch.float32, device=self.args.device).reshape(1)
-        finite = torch.stack(self._metrics["finite"][-steps:]).min().reshape(1)
-        active = torch.stack(self._metrics["below_threshold"][-steps:]).max().reshape(1)
-        status = self.accelerator.gather(torch.stack([values, finite, active], dim=1)).cpu()
-        overflow_is_handled = self.accelerator.scaler is not None
-        if (status[:, 1] < 1).any() or not (overflow_is_handled or torch.isfinite(status[:, 0]).all()):
-            metrics = {name: values[-1].item() for name, values in self._metrics.items()}
+        finite = self._metrics.latest("finite", steps).min()
+        active = self._metrics.latest("below_threshold", steps).max()
+        own_norm = torch.as_tensor(norm, dtype=torch.float32, device=finite.device)
+        status = self.accelerator.gather(torch.stack([own_norm, finite, active])[None]).cpu()  # (processes, 3)
+        norms, all_finite, any_active = status[:, 0], bool(status[:, 1].min()), bool(status[:, 2].max())
+        overflow = self.accelerator.scaler is not None and all_finite and not norms.isfinite().all()
+        if not overflow and not (all_finite and norms.isfinite().all()):
             raise FloatingPointError(
                 f"Update {self.state.global_step + 1}: the loss or its gradient is not finite (gradient norm "
-                f"{status[:, 0].max().item()}). The weights were not changed. Last metrics: {metrics}. Resume from the "
-                "last checkpoint with a lower learning_rate, max_grad_norm or gradient_discount, or in bfloat16 or "
-                "float32, and check the reward on the images of this step."
+                f"{norms.max().item()}). The weights were not changed. Last metrics: {self._metrics.last_batch()}. "
+                "Resume from the last checkpoint with a lower learning_rate, max_grad_norm or gradient_discount, or in "
+                "bfloat16 or float32, and check the reward on the images of this step."
             )
-        idle = bool((status[:, 2] > 0).any() and (status[:, 0] == 0).all())
-        self._steps_without_gradient = self._steps_without_gradient + 1 if idle else 0
-        if self._steps_without_gradient >= STEPS_WITHOUT_GRADIENT:
+        idle = overflow or (any_active and not norms.any())
+        self._idle_updates = self._idle_updates + 1 if idle else 0
+        if self._idle_updates >= MOST_IDLE_UPDATES:
+            saturated = self._metrics.latest("saturated", 1).mean().item()
             raise RuntimeError(
-                f"The gradient was exactly zero for {STEPS_WITHOUT_GRADIENT} updates though rewards are below their "
-                f"threshold, so nothing is learnt. {self._metrics['saturated'][-1].item():.0%} of the pixels are "
-                "saturated, which have no gradient; else the reward is constant around these images."
+                f"For {MOST_IDLE_UPDATES} updates the gradient {'overflowed float16' if overflow else 'was zero'} though "
+                f"rewards are below their threshold, so nothing is learnt. {saturated:.0%} of the pixels are saturated, "
+                "which have no gradient. Train in bfloat16, or check that the reward changes with these images."
             )
         return norm
 
@@ -260,30 +263,45 @@ class LeapAlignTrainer(Trainer):
         return tracker
 
     def _pop_metrics(self) -> dict[str, float]:
-        self._metrics.pop("finite")
-        names = sorted(self._metrics)
-        means = torch.stack([torch.stack(self._metrics[name]).mean() for name in names])
-        gathered = self.accelerator.gather(means[None]).mean(0).tolist()
-        steps = len(self._metrics["reward"]) / self.args.gradient_accumulation_steps
-        seconds = time.perf_counter() - self._last_log
-        self._metrics.clear()
-        self._last_log = time.perf_counter()
+        updates = self._metrics.num_batches() / self.args.gradient_accumulation_steps
+        columns = self._metrics.pop()
+        del columns["finite"]
+        start, self._last_log = self._last_log, time.perf_counter()
         return {
-            **dict(zip(names, gathered, strict=True)),
-            "seconds_per_step": seconds / steps,
+            **summarise(columns),
+            "seconds_per_step": (self._last_log - start) / updates,
             "peak_memory_gib": _peak_memory_gib(self.args.device),
         }
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Train as `transformers.Trainer.train`; the pipeline carries the trained weights afterwards."""
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> TrainOutput:
+        """Train; the pipeline carries the trained weights afterwards.
+
+        Args:
+            resume_from_checkpoint (str | bool | None): a checkpoint-... folder, or True for the last one of
+                `output_dir`: goes on as if training had never stopped.
+            trial (Any): of a hyperparameter search, for Trainer.
+            ignore_keys_for_eval (list[str] | None): unused, for Trainer.
+
+        Returns:
+            TrainOutput: updates, mean loss and speed.
+
+        Raises:
+            FloatingPointError: if loss or gradient are not finite; the weights are those of the update before.
+            RuntimeError: if nothing was learnt for many updates.
+        """
         self._reset_metrics()
-        return super().train(*args, **kwargs)
+        return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
 
     def _reset_metrics(self) -> None:
-        self._metrics: dict[str, list[Tensor]] = defaultdict(list)
+        self._metrics = MetricBuffer()
         self._last_samples: tuple | None = None
         self._last_log = time.perf_counter()
-        self._steps_without_gradient = 0
+        self._idle_updates = 0
 
     # Evaluation
 
@@ -310,26 +328,23 @@ class LeapAlignTrainer(Trainer):
         source = eval_dataset if eval_dataset is not None else self.eval_dataset
         if source is None:
             raise ValueError("There are no prompts to evaluate on. Pass eval_dataset, or set eval_prompts.")
-        rows = load_prompts(source, self.args.prompt_column)
+        rows = load_prompts(source, self.args.prompt_column, split="test")
         start = time.perf_counter()
-        batches, values = [], []
+        batches, columns = [], []
         mine = range(self.args.process_index, len(rows), self.args.world_size)
-        for begin in range(0, len(mine), self.args.per_device_eval_batch_size):
-            indices = mine[begin : begin + self.args.per_device_eval_batch_size]
-            prompts, metadata = zip(*(split_row(rows[i], self.args.prompt_column) for i in indices), strict=True)
-            with self._averaged():
-                images = self._sample(list(prompts), list(indices))
-            scores = self._score(images, list(prompts), list(metadata))
-            batches.append((images, list(prompts), list(metadata), scores.total, scores.details))
-            metrics = {key: value.tolist() for key, value in scores.metrics.items() if value.shape == (len(prompts),)}
-            values += [
-                {"reward": total, **{key: value[i] for key, value in metrics.items()}}
-                for i, total in enumerate(scores.total.tolist())
-            ]
-        values = gather_object(values)
-        columns = {name: torch.tensor([value[name] for value in values]) for name in values[0]}
-        logs = {f"{metric_key_prefix}_{name}": column.mean().item() for name, column in columns.items()}
-        logs[f"{metric_key_prefix}_reward_std"] = columns["reward"].std(correction=0).item()
+        with self._averaged(), quiet(self.pipeline):
+            for begin in range(0, len(mine), self.args.per_device_eval_batch_size):
+                indices = list(mine[begin : begin + self.args.per_device_eval_batch_size])
+                split = [split_row(rows[index], self.args.prompt_column) for index in indices]
+                prompts, metadata = [prompt for prompt, _ in split], [others for _, others in split]
+                images = self._sample(prompts, indices)
+                scores = self._score(images, prompts, metadata)
+                values = {"reward": scores.total, **scores.metrics}
+                columns.append({name: value.float().reshape(-1).tolist() for name, value in values.items()})
+                if self.image_samples_hook is not None:
+                    batches.append((images.cpu(), prompts, metadata, scores.total.cpu(), scores.details))
+        means = summarise(merge(gather_object(columns)))
+        logs = {f"{metric_key_prefix}_{name}": value for name, value in means.items()}
         logs[f"{metric_key_prefix}_runtime"] = time.perf_counter() - start
         self.log(logs)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, logs)
@@ -342,10 +357,18 @@ class LeapAlignTrainer(Trainer):
     def _sample(self, prompts: list[str], indices: list[int]) -> Tensor:
         kwargs = batch_call_kwargs(self.args.call_kwargs(self.args.eval_num_steps), len(prompts))
         generators = [make_generator(self.args.seed, Purpose.EVALUATION, index) for index in indices]
-        with seeded(self.args.seed, Purpose.EVALUATION, indices[0]), self.accelerator.autocast():
+        with solver_noise(self.args.seed, Purpose.EVALUATION, indices[0]), self.accelerator.autocast():
             return self.pipeline(prompt=prompts, generator=generators, output_type="pt", return_dict=False, **kwargs)[0]
 
     # Checks before training
+
+    def _refuse_sharding(self) -> None:
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise ValueError(
+                "FSDP and DeepSpeed shard the weights, which saving and the checks of each update do not support yet. "
+                "Train with DDP: choose multi-GPU without them in `accelerate config`. LoRA on a bfloat16 pipeline with "
+                "activation_checkpointing=True needs least memory."
+            )
 
     def _dry_run(self) -> None:
         """Run one rollout and its reward, and differentiate: whatever cannot work is found out before training."""
@@ -374,6 +397,8 @@ class LeapAlignTrainer(Trainer):
     # Saving
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        if not self.args.should_save:
+            return
         directory = Path(output_dir or self.args.output_dir)
         directory.mkdir(parents=True, exist_ok=True)
         with self._averaged():
@@ -397,12 +422,13 @@ class LeapAlignTrainer(Trainer):
         directory = Path(resume_from_checkpoint)
         file = directory / TRAINED_FILE
         saved = load_file(file) if file.is_file() else {}
-        missing = self._trained_parameters().keys() - saved.keys()
-        if missing:
+        trained = {name: value for name, value in self.rollout_model.named_parameters() if value.requires_grad}
+        shapes, expected = ({(name, tuple(value.shape)) for name, value in each.items()} for each in (saved, trained))
+        if shapes != expected:
             raise ValueError(
-                f"{directory} is not a checkpoint of this training: {len(missing)} of its parameters are not there, "
-                f"such as {sorted(missing)[:2]}. Give a checkpoint-... folder, with the same peft_config, that was not "
-                "saved with save_only_model."
+                f"{directory} is not a checkpoint of this training: {len(shapes ^ expected)} parameters are not there, "
+                f"surplus or of another shape, such as {sorted(shapes ^ expected)[:2]}. Give a checkpoint-... folder, "
+                "with the same peft_config, that was not saved with save_only_model."
             )
         self.rollout_model.load_state_dict(saved, strict=False)
         if self.weight_average is not None:
@@ -412,19 +438,21 @@ class LeapAlignTrainer(Trainer):
         self._load_from_checkpoint(self.state.best_model_checkpoint)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        if self.args.should_save:
+        pushing = getattr(self, "push_in_progress", None)
+        waits = pushing is not None and not pushing.is_done() and not self.args.hub_always_push
+        if self.args.hub_strategy != HubStrategy.END and not waits:
             self._save(self.args.output_dir)
             self.create_model_card()
         super()._push_from_checkpoint(checkpoint_folder)
 
-    def create_model_card(self, **kwargs: Any) -> None:
+    def create_model_card(self, **metadata: Any) -> None:
         """Write the card of the trained weights into `output_dir`.
 
         Args:
-            **kwargs: entries of the card's metadata that replace those found out, such as `license` or `tags`.
+            **metadata: arguments of [`~trl_leapalign.model_card.write_model_card`], such as `license` or `tags`.
         """
         if self.is_world_process_zero():
-            write_model_card(self, Path(self.args.output_dir), **kwargs)
+            write_model_card(self, Path(self.args.output_dir), **metadata)
 
 
 def _count_steps(config: LeapAlignConfig, prompts: Sequence | PromptFunction) -> int:

@@ -1,0 +1,136 @@
+import ast
+import inspect
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import trl_leapalign
+from trl_leapalign import LeapAlignConfig, LeapAlignTrainer, methods, rewards
+
+PACKAGE = Path(trl_leapalign.__file__).parent
+FILES = sorted(path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py"))
+# What each part may import of the package, at the most.
+ALLOWED = {
+    "flow": set(),
+    "losses": set(),
+    "seeds": set(),
+    "rewards": {"rewards"},
+    "prompts": {"seeds"},
+    "adapters": set(),
+    "callbacks": set(),
+    "methods": {"methods", "flow"},
+    "rollout": {"flow", "methods"},
+    "rollout_model": {"rollout", "methods", "seeds"},
+    "leapalign_config": {"methods"},
+    "model_card": set(),
+    "evaluation": {"evaluation", "rewards", "rollout", "prompts", "seeds"},
+}
+FREE = {"__init__", "leapalign_trainer", "cli", "__main__"}
+
+
+def part_of(path):
+    return path.parts[0].removesuffix(".py")
+
+
+def imports(path):
+    """Parts of the package that a file imports when it runs, and those for type checking alone."""
+    tree = ast.parse((PACKAGE / path).read_text(encoding="utf-8"))
+    typing_only = [
+        node for node in ast.walk(tree) if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)
+    ]
+    hidden = {id(child) for node in typing_only for child in ast.walk(node)}
+    found, checked = set(), set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            base = list(path.parts[:-1])[: len(path.parts) - node.level]
+            names = [node.module] if node.module else [alias.name for alias in node.names]
+            targets = {".".join([*base, name]).partition(".")[0] for name in names}
+        elif isinstance(node, ast.ImportFrom):
+            targets = (
+                {node.module.removeprefix("trl_leapalign.").partition(".")[0]} if "trl_leapalign" in node.module else {}
+            )
+        elif isinstance(node, ast.Import):
+            targets = {alias.name for alias in node.names if alias.name.startswith("trl_leapalign")}
+        else:
+            continue
+        (checked if id(node) in hidden else found).update(targets)
+    return found, checked
+
+
+def test_imports_are_found():
+    assert imports(Path("leapalign_trainer.py"))[0] >= {"rollout", "rewards", "prompts", "adapters", "losses"}
+    assert imports(Path("methods/leapalign.py"))[0] == {"flow", "methods"}
+    assert imports(Path("model_card.py")) == (set(), {"leapalign_trainer"})
+
+
+@pytest.mark.parametrize("path", FILES, ids=str)
+def test_imports_follow_the_arrows(path):
+    found, checked = imports(path)
+    part = part_of(path)
+    if part not in FREE:
+        assert found <= ALLOWED[part]
+        assert checked <= ({"leapalign_trainer"} if part == "model_card" else set())
+
+
+@pytest.mark.parametrize("path", FILES, ids=str)
+def test_the_core_is_pure_torch(path):
+    """The mathematics needs neither diffusers nor transformers."""
+    if part_of(path) in ("flow", "methods", "losses"):
+        tree = ast.parse((PACKAGE / path).read_text(encoding="utf-8"))
+        modules = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and not node.level}
+        modules |= {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+        outside = {module.partition(".")[0] for module in modules} - sys.stdlib_module_names
+        assert outside <= {"torch"}
+
+
+IMPORT = """
+import socket, sys
+
+def refuse(*arguments):
+    raise AssertionError(f"connected to {arguments[1:]}")
+
+socket.socket.connect = refuse
+socket.getaddrinfo = refuse
+import trl_leapalign
+assert "trl" not in sys.modules, "trl was imported"
+assert "wandb" not in sys.modules
+print(sorted(trl_leapalign.__all__))
+"""
+
+
+def test_importing_needs_neither_trl_nor_a_network(tmp_path):
+    environment = {"PATH": "", "HOME": str(tmp_path), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(PACKAGE.parent)}
+    result = subprocess.run(
+        [sys.executable, "-c", IMPORT], capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=300
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == str(sorted(trl_leapalign.__all__))
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+@pytest.mark.parametrize("module", [trl_leapalign, methods, rewards], ids=lambda module: module.__name__)
+def test_public_names_exist_and_are_documented(module):
+    assert module.__doc__ or module is not trl_leapalign
+    for name in module.__all__:
+        value = getattr(module, name)
+        if inspect.isclass(value) or inspect.isfunction(value):
+            assert inspect.getdoc(value), name
+            if inspect.isclass(value) and value.__module__.startswith("trl_leapalign"):
+                members = [key for key, member in vars(value).items() if inspect.isfunction(member) and key[0] != "_"]
+                missing = [key for key in members if not inspect.getdoc(getattr(value, key))]
+                assert not missing, f"{name}: {missing}"
+
+
+def test_arguments_of_the_trainer():
+    """They are those of DDPOTrainer, and positions are a promise."""
+    parameters = inspect.signature(LeapAlignTrainer).parameters
+    positional = [name for name, p in parameters.items() if p.kind is not p.KEYWORD_ONLY]
+    assert positional == ["pipeline", "reward_function", "config", "prompt_function", "image_samples_hook"]
+    assert set(parameters) - set(positional) == {
+        *("train_dataset", "eval_dataset", "peft_config", "callbacks", "optimizers"),
+    }
+    documented = inspect.getdoc(LeapAlignTrainer)
+    assert all(f"    {name} (" in documented for name in parameters)
+    assert LeapAlignConfig.__doc__

@@ -1,0 +1,151 @@
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from trl_leapalign.losses import reward_loss
+from trl_leapalign.rewards import RewardSet
+
+IMAGES = torch.rand(3, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+CALL = (["a", "b", "c"], [{}, {}, {}])
+
+
+def brightness(images, prompts, metadata):
+    return images.mean((1, 2, 3))
+
+
+def contrast(images, prompts, metadata):
+    return images.var((1, 2, 3)), {"peak": images.amax((1, 2, 3)), "text": "x", "number": 3}
+
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(3, 1)
+
+    def forward(self, images, prompts, metadata):
+        return self.layer(images.mean((2, 3)))[:, 0]
+
+
+def test_scores_of_several_rewards():
+    images = IMAGES.clone().requires_grad_()
+    scores = RewardSet([brightness, contrast], weights=[2, -1])(images, *CALL)
+    rows = torch.stack([IMAGES.mean((1, 2, 3)), IMAGES.var((1, 2, 3))])
+    assert scores.rewards.shape == (2, 3) and torch.equal(scores.rewards, rows)
+    torch.testing.assert_close(scores.total, 2 * rows[0] - rows[1], rtol=1e-6, atol=0)
+    assert scores.rewards.requires_grad and not scores.total.requires_grad
+    assert set(scores.metrics) == {"reward_brightness", "reward_contrast", "peak"}
+    assert torch.equal(scores.metrics["reward_contrast"], rows[1])
+    assert torch.equal(scores.metrics["peak"], IMAGES.amax((1, 2, 3)))
+    assert not any(value.requires_grad for value in scores.metrics.values())
+    assert scores.details["brightness"] == {} and scores.details["contrast"]["text"] == "x"
+
+
+def test_scores_of_one_reward():
+    scores = RewardSet(contrast)(IMAGES, *CALL)
+    assert set(scores.metrics) == {"peak"}
+    assert torch.equal(scores.total, IMAGES.var((1, 2, 3)))
+
+
+def test_the_gradient_of_the_images_is_the_rewards():
+    images = IMAGES.double().requires_grad_()
+    scores = RewardSet([brightness, contrast])(images, *CALL)
+    [gradient] = torch.autograd.grad(scores.rewards.sum(), images)
+    mean = images.detach().mean((1, 2, 3), keepdim=True)
+    torch.testing.assert_close(gradient, 1 / 48 + 2 * (images.detach() - mean) / 47, rtol=1e-13, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "expected"),
+    [(torch.bfloat16, torch.float32), (torch.float32, torch.float32), (torch.float64, torch.float64)],
+)
+def test_rewards_are_float32_at_least(dtype, expected):
+    assert RewardSet(lambda i, p, m: brightness(i, p, m).to(dtype))(IMAGES, *CALL).rewards.dtype == expected
+
+
+def test_names_are_unique():
+    functions = [brightness, brightness, contrast, lambda *_: 0, lambda *_: 0, Model(), max]
+    assert RewardSet(functions).names == [
+        *("brightness_0", "brightness_1", "contrast", "lambda_3", "lambda_4", "Model", "max"),
+    ]
+
+
+def test_defaults_of_weights_and_thresholds():
+    rewards = RewardSet((brightness, contrast))
+    assert (rewards.weights, rewards.thresholds) == ([1.0, 1.0], [None, None])
+
+
+def test_modules_are_frozen():
+    model = Model()
+    RewardSet([model, brightness]).prepare(torch.device("cpu"))
+    assert not model.training and not any(parameter.requires_grad for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("function", "error", "message"),
+    [
+        (lambda i, p, m: i.mean((1, 2, 3)).detach(), ValueError, "'lambda' is detached from the images"),
+        (lambda i, p, m: i.mean(), ValueError, r"shape \(\) for 3 images"),
+        (lambda i, p, m: i.mean((2, 3)), ValueError, r"shape \(3, 3\) for 3 images"),
+        (lambda i, p, m: i.mean((1, 2, 3))[:2], ValueError, r"shape \(2,\) for 3 images"),
+        (lambda i, p, m: i.mean((1, 2, 3)).tolist(), TypeError, "returned a list"),
+        (lambda i, p, m: None, TypeError, "returned a NoneType"),
+        (lambda i, p, m: (i.mean((1, 2, 3)).tolist(), {}), TypeError, "returned a list"),
+        (lambda i, p, m: (i.mean((1, 2, 3)), None), TypeError, "returned a NoneType beside its rewards"),
+        (lambda i, p, m: torch.ones(3, dtype=torch.int64), TypeError, "torch.int64, which has no gradient"),
+    ],
+)
+def test_broken_rewards_are_refused(function, error, message):
+    with pytest.raises(error, match=message):
+        RewardSet(function)(IMAGES.clone().requires_grad_(), *CALL)
+
+
+def test_without_a_graph_rewards_need_none():
+    with torch.no_grad():
+        assert RewardSet(brightness)(IMAGES, *CALL).rewards.shape == (1, 3)
+
+
+# The loss
+
+
+def generate(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def test_loss_is_the_formula():
+    rewards, weights = generate(3, 4).requires_grad_(), generate(4, seed=1).abs()
+    coefficients, thresholds = [0.5, 2.0, 1.5], [0.1, None, -0.3]
+    loss = reward_loss(rewards, weights, coefficients, thresholds)
+    expected, gradient = 0.0, torch.zeros(3, 4, dtype=torch.float64)
+    for m in range(3):
+        for b in range(4):
+            value, w = rewards[m, b].item(), weights[b].item()
+            if thresholds[m] is None:
+                expected += w * coefficients[m] * -value / 4
+                gradient[m, b] = -w * coefficients[m] / 4
+            elif value < thresholds[m]:
+                expected += w * coefficients[m] * (thresholds[m] - value) / 4
+                gradient[m, b] = -w * coefficients[m] / 4
+    assert loss.item() == pytest.approx(expected, rel=1e-14)
+    [actual] = torch.autograd.grad(loss, rewards)
+    torch.testing.assert_close(actual, gradient, rtol=1e-14, atol=0)
+    assert (gradient == 0).any() and (gradient != 0).any()
+
+
+def test_rewards_above_their_threshold_have_neither_loss_nor_gradient():
+    rewards = torch.tensor([[0.5, 1.5]], dtype=torch.float64, requires_grad=True)
+    loss = reward_loss(rewards, torch.tensor([1.0, 1.0], dtype=torch.float64), [1.0], [0.4])
+    assert loss.item() == 0.0
+    assert torch.autograd.grad(loss, rewards)[0].tolist() == [[0.0, 0.0]]
+
+
+def test_nan_is_not_hidden_by_a_threshold():
+    rewards = torch.tensor([[math.nan, 1.0]])
+    assert reward_loss(rewards, torch.ones(2), [1.0], [0.5]).isnan()
+    assert reward_loss(rewards, torch.ones(2), [1.0], [None]).isnan()
+
+
+def test_lengths_must_agree():
+    with pytest.raises(ValueError):
+        reward_loss(torch.zeros(2, 3), torch.ones(3), [1.0], [None, None])

@@ -1,0 +1,242 @@
+"""What cannot be trained is refused when the trainer is made, and the pipeline stays as it was."""
+
+import math
+from contextlib import contextmanager
+
+import datasets
+import pytest
+import torch
+from diffusers import DDIMScheduler, EulerDiscreteScheduler, FluxTransformer2DModel
+from peft import LoraConfig
+from torch import nn
+from training_cases import PROMPTS, make_config, redness
+
+from examples.tiny import tiny_flux
+from trl_leapalign import LeapAlign, LeapAlignTrainer
+
+
+def mean(images):
+    return images.mean((1, 2, 3))
+
+
+def with_scheduler(scheduler):
+    pipeline = tiny_flux()
+    pipeline.scheduler = scheduler
+    return pipeline
+
+
+def without_checkpointing():
+    pipeline = tiny_flux()
+    pipeline.transformer.__class__ = type(
+        "Bare", (FluxTransformer2DModel,), {"_supports_gradient_checkpointing": False}
+    )
+    return pipeline
+
+
+def offloaded():
+    pipeline = tiny_flux()
+    pipeline.transformer._hf_hook = object()
+    return pipeline
+
+
+def with_adapter():
+    pipeline = tiny_flux()
+    pipeline.transformer.add_adapter(LoraConfig(r=2, target_modules=["to_q"]))
+    return pipeline
+
+
+def rows(prompts):
+    return datasets.Dataset.from_list([{"prompt": prompt} for prompt in prompts])
+
+
+def lora(**settings):
+    return LoraConfig(**{"target_modules": ["to_q"], **settings})
+
+
+CASES = {
+    # the pipeline
+    "DDIM": ({"pipeline": lambda: with_scheduler(DDIMScheduler())}, ValueError, "flow matching: it has DDIMScheduler"),
+    "Euler": ({"pipeline": lambda: with_scheduler(EulerDiscreteScheduler())}, ValueError, "EulerDiscreteScheduler"),
+    "module": ({"pipeline": lambda: nn.Linear(1, 1)}, TypeError, "Expected a diffusers pipeline, got Linear"),
+    "none": ({"pipeline": lambda: None}, TypeError, "Expected a diffusers pipeline, got NoneType"),
+    "offloaded": ({"pipeline": offloaded}, ValueError, "moves weights between devices"),
+    "init kwargs": ({"model_init_kwargs": {"revision": "main"}}, ValueError, "model_init_kwargs has no effect"),
+    # prompts
+    "no prompts": ({"train_dataset": None}, ValueError, "exactly one of prompt_function, train_dataset, .*got none"),
+    "two sources": ({"train_prompts": PROMPTS}, ValueError, "got train_dataset, train_prompts"),
+    "dataset and function": (
+        {"prompt_function": lambda: ("a cat", {})},
+        ValueError,
+        "got prompt_function, train_datas",
+    ),
+    "empty list": ({"train_dataset": []}, ValueError, "There are no prompts"),
+    "empty dataset": ({"train_dataset": rows([])}, ValueError, "There are no prompts"),
+    "no column": (
+        {"train_dataset": [{"text": "a cat"}]},
+        ValueError,
+        "no column 'prompt'; there are .'text'.. Set prom",
+    ),
+    "empty prompt": ({"train_dataset": ["a cat", " "]}, ValueError, "Prompt 1 is ' '"),
+    "missing prompt": ({"train_dataset": [{"prompt": "a"}, {"n": 1}]}, ValueError, "Prompt 1 is None"),
+    "stream": (
+        {"train_dataset": rows(PROMPTS).to_iterable_dataset()},
+        TypeError,
+        "streaming dataset cannot be resumed",
+    ),
+    "splits": ({"train_dataset": datasets.DatasetDict(train=rows(PROMPTS))}, TypeError, r"splits \['train'\]"),
+    "number": ({"train_dataset": 3}, TypeError, "but a int was given"),
+    "missing file": ({"train_dataset": "prompts.txt"}, ValueError, "'prompts.txt' does not exist"),
+    "empty evaluation": ({"eval_dataset": []}, ValueError, "There are no prompts"),
+    "function returns text": (
+        {"train_dataset": None, "prompt_function": lambda: "a cat"},
+        TypeError,
+        r"must return \(prompt, metadata\)",
+    ),
+    "endless epochs": (
+        {"train_dataset": None, "prompt_function": lambda: ("a cat", {}), "max_steps": -1, "num_train_epochs": 1},
+        ValueError,
+        "no end, so num_train_epochs means nothing. Set max_steps",
+    ),
+    # rewards
+    "detached": ({"reward": lambda i, p, m: mean(i).detach()}, ValueError, "is detached from the images"),
+    "constant": ({"reward": lambda i, p, m: torch.ones(len(i))}, ValueError, "is detached from the images"),
+    "column": ({"reward": lambda i, p, m: mean(i)[:, None]}, ValueError, r"shape \(1, 1\) for 1 images"),
+    "scalar": ({"reward": lambda i, p, m: i.mean()}, ValueError, r"shape \(\) for 1 images"),
+    "list": ({"reward": lambda i, p, m: mean(i).tolist()}, TypeError, "returned a list, through which no gradient"),
+    "integers": ({"reward": lambda i, p, m: mean(i).long()}, TypeError, "torch.int64, which has no gradient"),
+    "two tensors": ({"reward": lambda i, p, m: (mean(i), mean(i))}, TypeError, "returned a Tensor beside its rewards"),
+    "NaN": ({"reward": lambda i, p, m: mean(i) * math.nan}, ValueError, r"is not finite: \[\[nan\]\]"),
+    "infinite gradient": (
+        {"reward": lambda i, p, m: (mean(i) - mean(i).detach()).clamp(min=0).sqrt()},
+        ValueError,
+        "gradient of the reward is not finite",
+    ),
+    "not callable": ({"reward": 3}, TypeError, "A reward must be callable"),
+    "unknown name": ({"reward": "hps"}, (TypeError, ValueError), "'hps'"),
+    "no reward": ({"reward": []}, ValueError, "There is no reward"),
+    "weights": ({"reward_weights": [1.0, 2.0]}, ValueError, "reward_weights has 2 entries for 1 rewards"),
+    "thresholds": ({"reward_threshold": [1.0, 2.0]}, ValueError, "reward_threshold has 2 entries for 1 rewards"),
+    "one threshold for two": (
+        {"reward": [redness, redness], "reward_threshold": 1.0},
+        ValueError,
+        "reward_threshold has 1 entries for 2 rewards",
+    ),
+    # the method
+    "too few steps": ({"sample_num_steps": 1}, ValueError, "draws 2 different steps .*only 1 of the 1"),
+    "three leaps": ({"method_kwargs": {"num_leaps": 4}}, ValueError, "draws 4 different steps .*only 3 of the 3"),
+    "step range": ({"method_kwargs": {"step_range": (0.0, 0.1)}}, ValueError, "only 0 of the 3 .*wider step_range"),
+    # sampling
+    "unknown argument": ({"sample_kwargs": {"cfg": 1}}, TypeError, "FluxPipeline cannot be called with cfg. It takes"),
+    # the trained weights
+    "no such layer": ({"peft_config": lora(target_modules=["nothing"])}, ValueError, "does not fit the transformer"),
+    "dropout": ({"peft_config": lora(lora_dropout=0.1)}, ValueError, "lora_dropout=0.1 would make trained images diff"),
+    "bias": ({"peft_config": lora(bias="lora_only")}, ValueError, "bias='lora_only' .*pipelines cannot load"),
+    "saved modules": ({"peft_config": lora(modules_to_save=["proj_out"])}, ValueError, "modules_to_save=.'proj_out'."),
+    "dict": ({"peft_config": {"r": 4}}, TypeError, "peft_config must be a peft.LoraConfig, got dict"),
+    "adapter on a frozen part": (
+        {"denoisers": ["vae"], "pipeline": with_adapter},
+        ValueError,
+        "transformer has an adapt",
+    ),
+    "LoRA and all weights": (
+        {"peft_config": lora(), "full_finetuning": True},
+        ValueError,
+        "full_finetuning=True train",
+    ),
+    "second adapter": (
+        {"pipeline": with_adapter, "peft_config": lora()},
+        ValueError,
+        r"transformer already has the adapters \['default'\]",
+    ),
+    "unknown denoiser": (
+        {"denoisers": ["unet"]},
+        ValueError,
+        "no module to train called unet. Set denoisers to some of",
+    ),
+    "a part without weights": ({"denoisers": ["scheduler"]}, ValueError, "called scheduler"),
+    "no denoisers": ({"denoisers": []}, ValueError, "called transformer or unet"),
+    "denoiser without effect": (
+        {"denoisers": ["text_encoder_2"], "full_finetuning": True},
+        RuntimeError,
+        "no gradient",
+    ),
+    "checkpointing": (
+        {"pipeline": without_checkpointing, "activation_checkpointing": True},
+        ValueError,
+        "transformer .Bare. has no gradient checkpointing",
+    ),
+    # what Trainer refuses
+    "evaluation without prompts": ({"eval_strategy": "steps", "eval_steps": 1}, ValueError, "eval"),
+}
+ARGUMENTS = {"train_dataset", "eval_dataset", "prompt_function", "peft_config"}
+
+
+def state_of(pipeline):
+    """What a failed construction must leave alone."""
+    modules = {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
+    return (
+        {
+            f"{name}.{key}": value.requires_grad
+            for name, part in modules.items()
+            for key, value in part.named_parameters()
+        },
+        {name: sorted(getattr(part, "peft_config", None) or {}) for name, part in modules.items()},
+        type(pipeline.scheduler),
+        getattr(pipeline.transformer, "gradient_checkpointing", None),
+    )
+
+
+@contextmanager
+def unchanged(pipeline):
+    before = state_of(pipeline) if hasattr(pipeline, "components") else None
+    yield
+    assert before is None or state_of(pipeline) == before
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_what_cannot_be_trained_is_refused(name, tmp_path):
+    options, error, message = CASES[name]
+    options = {"train_dataset": PROMPTS, "dry_run": True, "max_steps": 1, **options}
+    pipeline = options.pop("pipeline", tiny_flux)()
+    if hasattr(pipeline, "components"):
+        pipeline.vae.requires_grad_(True)  # to be put back
+    reward = options.pop("reward", redness)
+    arguments = {key: options.pop(key) for key in ARGUMENTS & options.keys()}
+    config = make_config(tmp_path, **options)
+    with unchanged(pipeline), pytest.raises(error, match=message):
+        LeapAlignTrainer(pipeline, reward, config, **arguments)
+
+
+def test_after_a_failed_construction_another_one_trains_as_if_it_were_the_first(tmp_path):
+    config, settings = (
+        make_config(tmp_path, max_steps=1, dry_run=True),
+        {"train_dataset": PROMPTS, "peft_config": lora()},
+    )
+    pipeline = tiny_flux()
+    with pytest.raises(ValueError, match="detached"):
+        LeapAlignTrainer(pipeline, lambda i, p, m: mean(i).detach(), config, **settings)
+    second = LeapAlignTrainer(pipeline, redness, config, **settings)
+    second.train()
+    first = LeapAlignTrainer(tiny_flux(), redness, config, **settings)
+    first.train()
+    expected = dict(first.rollout_model.named_parameters())
+    actual = dict(second.rollout_model.named_parameters())
+    assert expected.keys() == actual.keys() and all(torch.equal(expected[key], actual[key]) for key in expected)
+
+
+def test_without_dry_run_the_first_update_says_it(tmp_path):
+    config = make_config(tmp_path)
+    trainer = LeapAlignTrainer(tiny_flux(), lambda i, p, m: mean(i).detach(), config, train_dataset=PROMPTS)
+    with pytest.raises(ValueError, match="is detached from the images"):
+        trainer.train()
+
+
+def test_the_dry_run_leaves_no_trace(tmp_path):
+    runs = []
+    for dry_run in (False, True):
+        config = make_config(tmp_path, dry_run=dry_run, max_steps=1, method=LeapAlign(num_leaps=3))
+        trainer = LeapAlignTrainer(tiny_flux(), redness, config, train_dataset=PROMPTS)
+        assert all(parameter.grad is None for parameter in trainer.rollout_model.parameters())
+        trainer.train()
+        runs.append([p.detach() for p in trainer.rollout_model.parameters() if p.requires_grad])
+    assert all(torch.equal(first, second) for first, second in zip(*runs, strict=True))
