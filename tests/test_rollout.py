@@ -339,13 +339,57 @@ def test_a_pipeline_that_starts_later_without_saying_so(solver, seed):
         assert torch.equal(outputs[0].metrics[name], value)
 
 
+class TwoLoops(StartsLaterWithoutSayingSo):
+    """Runs two loops that begin at different steps, neither of which says so."""
+
+    @torch.no_grad()
+    @functools.wraps(inspect.unwrap(StableDiffusion3Img2ImgPipeline.__call__))
+    def __call__(self, *args, strength=0.6, **kwargs):
+        super().__call__(*args, strength=strength, **kwargs)
+        return super().__call__(*args, strength=1.0, **kwargs)
+
+
+def test_loops_that_begin_at_different_steps_are_refused():
+    case = Case("sd3", from_image=True)
+    components = {name: part for name, part in case.pipeline().components.items() if part is not None}
+    pipeline = TwoLoops(**components)
+    pipeline.set_progress_bar_config(disable=True)
+    with pytest.raises(ValueError, match=r"TwoLoops runs several sampling loops.*set_begin_index"):
+        rollout(pipeline, case.inputs())
+
+
+class DecoratedHelpers(FluxPipeline):
+    """Has helpers of its own without gradient, one of them between denoiser and output."""
+
+    @staticmethod
+    @torch.no_grad()
+    def _unpack_latents(latents, height, width, vae_scale_factor):
+        return FluxPipeline._unpack_latents(latents, height, width, vae_scale_factor)
+
+    @torch.inference_mode()
+    def check_inputs(self, *args, **kwargs):
+        return super().check_inputs(*args, **kwargs)
+
+
+def test_helpers_without_gradient_record_it_for_the_time_of_the_run():
+    case = Case("flux")
+    pipeline = DecoratedHelpers(**case.pipeline().components)
+    output = rollout(pipeline, case.inputs())
+    assert output.images.requires_grad
+    assert torch.equal(output.images, plain(case.pipeline(), case.inputs()))
+    assert not {"_unpack_latents", "check_inputs", "_progress_bar_config"} & vars(pipeline).keys()
+    assert not plain(pipeline, case.inputs()).requires_grad
+
+
 def test_no_method_generator_draws_fresh_steps_and_leaves_the_global_one_alone():
     case = Case("sd3")
     pipeline = case.pipeline()
     drawn = set()
     for _ in range(8):
         torch.manual_seed(0)
+        state = torch.get_rng_state()
         drawn.add(run_rollout(pipeline, LeapAlign(), **case.inputs(6)).active_steps)
+        assert torch.equal(torch.get_rng_state(), state)
     assert len(drawn) > 1
 
 

@@ -82,6 +82,7 @@ def run_rollout(
         method_generator.seed()
     states = _RandomStates(method_generator, call_kwargs.get("generator"))
     first_index = 0
+    tried = {first_index}
     while True:
         recorder = _Recorder(method, method_generator, first_index)
         try:
@@ -89,7 +90,13 @@ def run_rollout(
                 output = _without_no_grad(type(pipeline).__call__)(pipeline, **call_kwargs)
             break
         except _StartsLater as start:
+            if start.index in tried:
+                raise ValueError(
+                    f"{type(pipeline).__name__} runs several sampling loops that begin at different steps without "
+                    "calling scheduler.set_begin_index(), so their steps are not known beforehand."
+                ) from None
             first_index = start.index
+            tried.add(first_index)
             states.restore()
     return recorder.collect(output[0], pipeline)
 
@@ -365,12 +372,20 @@ def _instrumented(pipeline: DiffusionPipeline, recorder: _Recorder) -> Iterator[
             for name, method in inspect.getmembers(type(part), inspect.isfunction):
                 stripped = _without_no_grad(method)
                 if stripped is not method and name != "__call__":
-                    stack.enter_context(_attribute(part, name, MethodType(stripped, part)))
-            bar = {**getattr(part, "_progress_bar_config", {}), "disable": True}
-            stack.enter_context(_attribute(part, "_progress_bar_config", bar))
+                    static = isinstance(inspect.getattr_static(type(part), name), staticmethod)
+                    stack.enter_context(_attribute(part, name, stripped if static else MethodType(stripped, part)))
+            stack.enter_context(quiet(part))
         for module in _modules(pipeline).values():
             for submodule in filter(lambda part: part.training, module.modules()):
                 stack.enter_context(_attribute(submodule, "training", False))
+        yield
+
+
+@contextmanager
+def quiet(pipeline: DiffusionPipeline) -> Iterator[None]:
+    """Turn a pipeline's own progress bar off for a while."""
+    bar = {**getattr(pipeline, "_progress_bar_config", {}), "disable": True}
+    with _attribute(pipeline, "_progress_bar_config", bar):
         yield
 
 
