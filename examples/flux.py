@@ -6,8 +6,8 @@
     accelerate launch examples/flux.py --output_dir outputs/flux --push_to_hub
 
 The recipe (https://huggingface.co/papers/2604.15311): 300 updates of 64 images, 25 steps at 720 x 720, guidance 3.5,
-EMA 0.995; PickScore's threshold 0.4 and gradient discount 0.1. The paper trains all weights (--full_finetuning). One
-image at a time on each device: divide --gradient_accumulation_steps by the number of devices to keep the 64.
+EMA 0.995; PickScore's threshold 0.4 and gradient discount 0.1. The paper trains all weights (--full_finetuning --bf16).
+One image at a time on each device: divide --gradient_accumulation_steps by the number of devices to keep the 64.
 
 Every setting of LeapAlignConfig is an option. To try it all out on tiny components, without any download:
 
@@ -18,7 +18,6 @@ from dataclasses import dataclass, field
 
 import torch
 from diffusers import DiffusionPipeline
-from tiny import tiny_clip, tiny_flux, tiny_tokenizer
 from transformers import AutoTokenizer, CLIPModel
 from trl import TrlParser
 
@@ -74,13 +73,17 @@ def main() -> None:
         parser.set_defaults(**SMOKE)
     arguments, config = parser.parse_args_and_config()
     if arguments.smoke:
+        from tiny import tiny_clip, tiny_flux, tiny_tokenizer
+
         pipeline, reward = tiny_flux(), CLIPReward(tiny_clip(), tiny_tokenizer())
     else:
-        pipeline = DiffusionPipeline.from_pretrained(arguments.model, torch_dtype=torch.bfloat16)
+        trained = torch.float32 if config.full_finetuning else torch.bfloat16
+        dtypes = {"transformer": trained, "default": torch.bfloat16}
+        pipeline = DiffusionPipeline.from_pretrained(arguments.model, torch_dtype=dtypes)
         tokenizer = AutoTokenizer.from_pretrained(arguments.reward_tokenizer)
         reward = CLIPReward(CLIPModel.from_pretrained(arguments.reward), tokenizer)
     trainer = LeapAlignTrainer(pipeline, reward, config)
-    trainer.train()
+    trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
     trainer.save_model()
     if config.push_to_hub:
         trainer.push_to_hub()

@@ -113,7 +113,7 @@ def tiny_flux(seed: int = 0) -> FluxPipeline:
         seed (int): of the random weights.
 
     Returns:
-        FluxPipeline: frozen, in eval mode; images of 16 x 16 pixels by default.
+        FluxPipeline: frozen, in eval mode; made for images of 16 x 16 pixels.
     """
     torch.manual_seed(seed)
     return _eval(
@@ -146,7 +146,7 @@ def tiny_sd3(seed: int = 0) -> StableDiffusion3Pipeline:
         seed (int): of the random weights.
 
     Returns:
-        StableDiffusion3Pipeline: frozen, in eval mode; images of 16 x 16 pixels by default.
+        StableDiffusion3Pipeline: frozen, in eval mode; made for images of 16 x 16 pixels.
     """
     torch.manual_seed(seed)
     return _eval(

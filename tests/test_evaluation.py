@@ -83,8 +83,8 @@ def test_several_rewards_are_evaluated_by_name(tmp_path):
     metrics = trainer.evaluate(PROMPTS[:2], metric_key_prefix="test")
     images = by_hand(trainer.pipeline, PROMPTS[:2])
     red, blue = (reward(images, PROMPTS[:2], []).mean().item() for reward in (redness, blueness))
-    assert metrics["test_reward_redness"] == pytest.approx(red, rel=1e-5)
-    assert metrics["test_reward_blueness"] == pytest.approx(blue, rel=1e-5)
+    assert metrics["test_rewards/redness"] == pytest.approx(red, rel=1e-5)
+    assert metrics["test_rewards/blueness"] == pytest.approx(blue, rel=1e-5)
     assert metrics["test_reward"] == pytest.approx(red + 2 * blue, rel=1e-5)
 
 

@@ -303,10 +303,10 @@ def test_several_rewards_are_logged_by_name(tmp_path):
     update = trainer.state.log_history[0]
     images, prompts, metadata, _, details = trainer._last_samples
     red, mean = redness(images, prompts, metadata).item(), images.mean().item()
-    assert update["reward_redness"] == pytest.approx(red, rel=1e-6)
-    assert update["reward_with_details"] == pytest.approx(mean, rel=1e-6)
+    assert update["rewards/redness"] == pytest.approx(red, rel=1e-6)
+    assert update["rewards/with_details"] == pytest.approx(mean, rel=1e-6)
     assert update["reward"] == pytest.approx(2.0 * red + 0.5 * mean, rel=1e-6)
-    assert update["darkest"] == pytest.approx(images.min().item(), rel=1e-6)
+    assert update["rewards/with_details/darkest"] == pytest.approx(images.min().item(), rel=1e-6)
     assert details["with_details"]["note"] == "text" and details["redness"] == {}
 
 
@@ -316,9 +316,11 @@ def test_what_one_reward_reports_is_logged(tmp_path):
 
     trainer = make_trainer(tmp_path, reward=with_details, max_steps=1)
     trainer.train()
-    assert trainer.state.log_history[0]["darkest"] == pytest.approx(trainer._last_samples[0].min().item(), rel=1e-6)
+    assert trainer.state.log_history[0]["rewards/with_details/darkest"] == pytest.approx(
+        trainer._last_samples[0].min().item(), rel=1e-6
+    )
     metrics = trainer.evaluate(PROMPTS[:2])
-    assert 0 <= metrics["eval_darkest"] < metrics["eval_reward"]
+    assert 0 <= metrics["eval_rewards/with_details/darkest"] < metrics["eval_reward"]
 
 
 def test_metadata_reaches_the_reward_with_its_prompt(tmp_path):
@@ -407,7 +409,7 @@ def test_ten_updates_without_gradient_stop(tmp_path):
         return images.mean((1, 2, 3)) * 0.0
 
     trainer = make_trainer(tmp_path, reward=constant, max_steps=12, sample_num_steps=2)
-    with pytest.raises(RuntimeError, match="exactly zero for 10 updates"):
+    with pytest.raises(RuntimeError, match="For 10 updates the gradient was exactly zero"):
         trainer.train()
     assert trainer.state.global_step == 9
 

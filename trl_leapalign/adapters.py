@@ -92,8 +92,8 @@ def prepare_denoisers(
 def _train_all_weights(name: str, denoiser: nn.Module) -> None:
     if denoiser.dtype not in (torch.float32, torch.float64):
         raise ValueError(
-            f"Weights in {denoiser.dtype} are too coarse for full fine-tuning: most updates would be rounded away. Load "
-            f"the {name} with torch_dtype={{'{name}': torch.float32, 'default': torch.bfloat16}} and set bf16=True."
+            f"Weights in {denoiser.dtype} are too coarse for full fine-tuning: most updates would be rounded away. "
+            f"Load the {name} with torch_dtype={{'{name}': torch.float32, 'default': torch.bfloat16}}, set bf16=True."
         )
     denoiser.requires_grad_(True)
 

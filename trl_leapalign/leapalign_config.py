@@ -22,6 +22,25 @@ RESERVED_SAMPLE_KWARGS = {
 }
 METRIC_SCHEDULERS = ("reduce_lr_on_plateau", "greedy")
 
+UNSUPPORTED = {
+    "auto_find_batch_size": "it would change which noise belongs to which sample; set per_device_train_batch_size",
+    "ignore_data_skip": "a resumed run would repeat samples",
+    "torch_compile": "compile the denoiser instead, with its compile_repeated_blocks()",
+    "label_smoothing_factor": "there are no labels",
+    "neftune_noise_alpha": "there are no token embeddings",
+    "use_liger_kernel": "it knows language models only",
+    "include_num_input_tokens_seen": "there are no input tokens",
+    "fp16_full_eval": "evaluation runs in the dtype of training",
+    "bf16_full_eval": "evaluation runs in the dtype of training",
+    "eval_accumulation_steps": "evaluation keeps rewards only",
+    "batch_eval_metrics": "rewards are averaged over all samples",
+    "include_for_metrics": "there is no compute_metrics; rewards are the metrics",
+    "label_names": "there are no labels",
+    "activation_checkpointing_kwargs": "diffusers models checkpoint each block without reentrance",
+    "gradient_checkpointing_kwargs": "diffusers models checkpoint each block without reentrance",
+}
+"""Settings of TrainingArguments that cannot work here, and why."""
+
 
 @dataclass
 class LeapAlignConfig(TrainingArguments):
@@ -221,9 +240,13 @@ class LeapAlignConfig(TrainingArguments):
         compares = self.load_best_model_at_end or self.save_strategy == "best"
         if self.metric_for_best_model is None and (compares or self.lr_scheduler_type in METRIC_SCHEDULERS):
             self.metric_for_best_model = "reward"
+        self._refuse_unsupported()
         self._validate_sampling()
         self.build_method()
         super().__post_init__()
+        if self.lr_scheduler_type in METRIC_SCHEDULERS:
+            mode = "max" if self.greater_is_better else "min"
+            self.lr_scheduler_kwargs = {"mode": mode, **(self.lr_scheduler_kwargs or {})}
         self._validate_training()
 
     def build_method(self) -> Method:
@@ -271,9 +294,15 @@ class LeapAlignConfig(TrainingArguments):
 
     def to_dict(self) -> dict[str, Any]:
         values = super().to_dict()
-        if isinstance(self.method, Method):
-            values["method"] = repr(self.method)
+        values["method"] = self.method if isinstance(self.method, str) else repr(self.method)
+        values["model_init_kwargs"] = {name: _jsonable(value) for name, value in self.model_init_kwargs.items()}
         return values
+
+    def _refuse_unsupported(self) -> None:
+        defaults = {option.name: option.default for option in dataclasses.fields(self)}
+        for name, reason in UNSUPPORTED.items():
+            if getattr(self, name) not in (defaults[name], False, None, "no", [], {}):
+                raise ValueError(f"{name}={getattr(self, name)!r} is not supported: {reason}.")
 
     def _validate_sampling(self) -> None:
         for name in ("sample_num_steps", "eval_num_steps", "sample_height", "sample_width", "draw_group_size"):
@@ -296,15 +325,12 @@ class LeapAlignConfig(TrainingArguments):
             raise ValueError(
                 f"train_sampling_strategy={self.train_sampling_strategy!r} groups tokens; use 'random' or 'sequential'."
             )
-        if self.auto_find_batch_size:
+        for name in ("split_batches", "dispatch_batches"):
+            if getattr(self.accelerator_config, name):
+                raise ValueError(f"accelerator_config.{name} is not supported: prompts are not tensors. Leave it out.")
+        if self.load_best_model_at_end and self.save_only_model:
             raise ValueError(
-                "auto_find_batch_size would change which noise belongs to which sample. Set "
-                "per_device_train_batch_size, and gradient_accumulation_steps to keep the update's size."
-            )
-        if self.activation_checkpointing and self.activation_checkpointing_kwargs:
-            raise ValueError(
-                f"activation_checkpointing_kwargs={self.activation_checkpointing_kwargs} would have no effect: "
-                "diffusers models checkpoint each block without reentrance. Leave it out."
+                "load_best_model_at_end needs whole checkpoints, which save_only_model leaves out. Drop one of them."
             )
         samples = self.samples_per_update
         if self.draw_group_size is not None and (
@@ -319,6 +345,10 @@ class LeapAlignConfig(TrainingArguments):
     def samples_per_update(self) -> int:
         """Samples of one update, over all processes."""
         return self.per_device_train_batch_size * self.gradient_accumulation_steps * self.world_size
+
+
+def _jsonable(value: Any) -> Any:
+    return value if isinstance(value, (str, int, float, bool, list, dict, type(None))) else str(value)
 
 
 def _read_dict(name: str, value: Any) -> dict[str, Any]:

@@ -224,10 +224,11 @@ class LeapAlignTrainer(Trainer):
         self._idle_updates = self._idle_updates + 1 if idle else 0
         if self._idle_updates >= MOST_IDLE_UPDATES:
             saturated = self._metrics.latest("saturated", 1).mean().item()
+            problem = "overflowed float16" if overflow else "was exactly zero"
             raise RuntimeError(
-                f"For {MOST_IDLE_UPDATES} updates the gradient {'overflowed float16' if overflow else 'was zero'} though "
-                f"rewards are below their threshold, so nothing is learnt. {saturated:.0%} of the pixels are saturated, "
-                "which have no gradient. Train in bfloat16, or check that the reward changes with these images."
+                f"For {MOST_IDLE_UPDATES} updates the gradient {problem} though rewards are below their threshold, so "
+                f"nothing is learnt. {saturated:.0%} of the pixels are saturated, which have no gradient. Train in "
+                "bfloat16, or check that the reward changes with these images."
             )
         return norm
 
@@ -366,8 +367,8 @@ class LeapAlignTrainer(Trainer):
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             raise ValueError(
                 "FSDP and DeepSpeed shard the weights, which saving and the checks of each update do not support yet. "
-                "Train with DDP: choose multi-GPU without them in `accelerate config`. LoRA on a bfloat16 pipeline with "
-                "activation_checkpointing=True needs least memory."
+                "Train with DDP: choose multi-GPU without them in `accelerate config`. LoRA on a bfloat16 pipeline "
+                "with activation_checkpointing=True needs least memory."
             )
 
     def _dry_run(self) -> None:

@@ -1,7 +1,7 @@
 """The card of trained weights on the Hub."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from huggingface_hub import ModelCard, ModelCardData
 
@@ -29,25 +29,41 @@ image = pipeline("{{ prompt }}").images[0]
 """
 
 
-def write_model_card(trainer: "LeapAlignTrainer", directory: Path, **metadata: Any) -> None:
+def write_model_card(
+    trainer: "LeapAlignTrainer",
+    directory: Path,
+    *,
+    language: str | None = None,
+    license: str | None = None,
+    tags: str | list[str] | None = None,
+    model_name: str | None = None,
+    finetuned_from: str | None = None,
+    dataset: str | list[str] | None = None,
+) -> None:
     """Write `README.md` with what was trained from what, how to load it, and the tags that the Hub's pages go by.
 
     Args:
         trainer (LeapAlignTrainer): the trainer of the weights.
         directory (Path): the folder to write into.
-        **metadata: entries of the card that replace those found out: `license`, `tags`, `finetuned_from`, `model_name`.
+        language (str | None): of the prompts.
+        license (str | None): of the weights.
+        tags (str | list[str] | None): besides the usual ones.
+        model_name (str | None): heading; None is the repository's name.
+        finetuned_from (str | None): the base model; None is where the pipeline was loaded from.
+        dataset (str | list[str] | None): ids of the prompts' datasets on the Hub.
     """
-    base = metadata.get("finetuned_from") or getattr(trainer.pipeline.config, "_name_or_path", None)
+    base = finetuned_from or getattr(trainer.pipeline.config, "_name_or_path", None)
     on_hub = bool(base) and not Path(base).exists()
     repository = trainer.hub_model_id or directory.name
     lora = not trainer.args.full_finetuning
     name, denoiser = next(iter(trainer.denoisers.items()))
     load = LOAD_LORA if lora else LOAD_FULL
-    tags = metadata.get("tags") or []
-    tags = [tags] if isinstance(tags, str) else list(tags)
+    tags = [tags] if isinstance(tags, str) else list(tags or [])
     tags += ["text-to-image", "diffusers", "diffusers-training", *(["lora"] if lora else []), *trainer._tag_names]
     card_data = ModelCardData(
-        license=metadata.get("license"),
+        language=language,
+        license=license,
+        datasets=dataset,
         library_name="diffusers",
         base_model=base if on_hub else None,
         tags=sorted(set(tags)),
@@ -55,7 +71,7 @@ def write_model_card(trainer: "LeapAlignTrainer", directory: Path, **metadata: A
     card = ModelCard.from_template(
         card_data,
         template_str=TEMPLATE,
-        name=metadata.get("model_name") or repository,
+        name=model_name or repository,
         kind="LoRA adapter" if lora else "Weights",
         base=base or type(trainer.pipeline).__name__,
         rewards=", ".join(f"`{reward}`" for reward in trainer.rewards.names),

@@ -138,7 +138,6 @@ class PromptStream(Dataset):
         self.seed = seed
         self.prompt_column = prompt_column
         self.shuffle = shuffle
-        self.order = lru_cache(maxsize=2)(self._order)
 
     def __len__(self) -> int:
         return self.num_samples
@@ -148,12 +147,14 @@ class PromptStream(Dataset):
             prompt, metadata = call_prompt_function(self.source, derive_seed(self.seed, Purpose.PROMPTS, index))
         else:
             epoch, position = divmod(index, len(self.source))
-            prompt, metadata = split_row(self.source[self.order(epoch)[position]], self.prompt_column)
+            row = _order(len(self.source), self.seed, epoch)[position] if self.shuffle else position
+            prompt, metadata = split_row(self.source[row], self.prompt_column)
         return {"prompt": prompt, "metadata": metadata, "index": index}
 
-    def _order(self, epoch: int) -> list[int]:
-        rows = np.arange(len(self.source))
-        return (np.random.default_rng([self.seed, epoch]).permutation(rows) if self.shuffle else rows).tolist()
+
+@lru_cache(maxsize=2)
+def _order(num_rows: int, seed: int, epoch: int) -> list[int]:
+    return np.random.default_rng([seed, epoch]).permutation(num_rows).tolist()
 
 
 def split_row(row: dict[str, Any], prompt_column: str) -> tuple[str, dict[str, Any]]:

@@ -71,7 +71,12 @@ def run_rollout(
         RuntimeError: if gradients cannot be recorded, or the pipeline's output has lost them.
     """
     check_pipeline(pipeline)
-    call_kwargs = _check_call_arguments(pipeline, pipeline_kwargs)
+    check_call_arguments(pipeline, pipeline_kwargs)
+    call_kwargs = {"output_type": "pt", **pipeline_kwargs, "return_dict": False}
+    if call_kwargs["output_type"] not in OUTPUT_TYPES:
+        raise ValueError(
+            f"output_type={call_kwargs['output_type']!r} is not differentiable; choose one of {OUTPUT_TYPES}."
+        )
     if torch.is_inference_mode_enabled():
         raise RuntimeError(
             "run_rollout() was called under torch.inference_mode(), where no gradient can be recorded. "
@@ -119,8 +124,9 @@ def load_pipeline(
         ValueError: if it cannot be differentiated, or `init_kwargs` come with a pipeline that is loaded already.
     """
     if isinstance(pipeline, (str, Path)):
-        defaults = {"torch_dtype": torch.float32 if device.type == "cpu" else torch.bfloat16}
-        pipeline = DiffusionPipeline.from_pretrained(pipeline, **{**defaults, **init_kwargs})
+        dtype = init_kwargs.get("torch_dtype", torch.float32 if device.type == "cpu" else torch.bfloat16)
+        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+        pipeline = DiffusionPipeline.from_pretrained(pipeline, **{**init_kwargs, "torch_dtype": dtype})
     elif init_kwargs:
         raise ValueError("model_init_kwargs has no effect on a pipeline that is loaded already. Leave it out.")
     check_pipeline(pipeline)
@@ -436,14 +442,6 @@ def _without_no_grad(function: Callable) -> Callable:
     while getattr(function, "__code__", None) is not None and function.__code__.co_name == "decorate_context":
         function = function.__wrapped__
     return function
-
-
-def _check_call_arguments(pipeline: DiffusionPipeline, pipeline_kwargs: dict[str, Any]) -> dict[str, Any]:
-    check_call_arguments(pipeline, pipeline_kwargs)
-    output_type = pipeline_kwargs.get("output_type", "pt")
-    if output_type not in OUTPUT_TYPES:
-        raise ValueError(f"output_type={output_type!r} is not differentiable; choose one of {OUTPUT_TYPES}.")
-    return {**pipeline_kwargs, "output_type": output_type, "return_dict": False}
 
 
 def check_call_arguments(pipeline: DiffusionPipeline, names: Any) -> None:

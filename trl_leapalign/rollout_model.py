@@ -59,7 +59,7 @@ class RolloutModel(nn.Module):
         Returns:
             RolloutOutput: images with graph, weights, active steps and metrics.
         """
-        with seeded(self.seed, Purpose.NOISE, indices[0]):
+        with solver_noise(self.seed, Purpose.NOISE, indices[0]):
             return run_rollout(
                 self.pipeline,
                 self.method,
@@ -82,9 +82,15 @@ def batch_call_kwargs(call_kwargs: dict[str, Any], batch_size: int) -> dict[str,
 
 
 @contextmanager
-def seeded(seed: int, purpose: Purpose, *key: int) -> Iterator[None]:
-    """Seed torch's global random states for some schedulers that draw from them, and put them back."""
+def solver_noise(seed: int, purpose: Purpose, index: int) -> Iterator[None]:
+    """Seed torch's global random states, which some solvers draw from, and put them back.
+
+    Args:
+        seed (int): of the run.
+        purpose (Purpose): what the batch is for.
+        index (int): number of its first sample.
+    """
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(derive_seed(seed, purpose, *key))
+        torch.manual_seed(derive_seed(seed, Purpose.SOLVER, purpose, index))
         yield

@@ -13,7 +13,7 @@ class Purpose(IntEnum):
     STEPS = 1
     PROMPTS = 2
     EVALUATION = 3
-    DRY_RUN = 4
+    SOLVER = 4
 
 
 def derive_seed(seed: int, purpose: Purpose, *key: int) -> int:

@@ -1,6 +1,6 @@
 """The one contract of rewards, and the checks that a reward function keeps it."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -98,9 +98,9 @@ class RewardSet:
             check_rewards(rewards, images, name)
             rows.append(rewards.to(torch.promote_types(rewards.dtype, torch.float32)))
             if len(self.functions) > 1:
-                metrics[f"reward_{name}"] = rows[-1].detach()
-            details[name] = extra
-            metrics.update({key: value.detach() for key, value in extra.items() if isinstance(value, Tensor)})
+                metrics[f"rewards/{name}"] = rows[-1].detach()
+            details[name] = {key: _detach(value) for key, value in extra.items()}
+            metrics.update({f"rewards/{name}/{key}": value for key, value in _numbers(details[name], images)})
         rewards = torch.stack(rows)
         total = torch.tensor(self.weights, dtype=rewards.dtype, device=rewards.device) @ rewards.detach()
         return Scores(rewards, total, metrics, details)
@@ -135,6 +135,19 @@ def check_rewards(rewards: Any, images: Tensor, name: str) -> None:
             f"The reward {name!r} is detached from the images, so there is nothing to learn from. Compute it with "
             "torch operations only: no .detach(), .numpy(), PIL images, torch.no_grad() or image processors."
         )
+
+
+def _detach(value: Any) -> Any:
+    return value.detach() if isinstance(value, Tensor) else value
+
+
+def _numbers(extra: dict[str, Any], images: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """The entries to log: numbers, and tensors of one value or one a sample."""
+    for key, value in extra.items():
+        if isinstance(value, (int, float)):
+            yield key, torch.tensor(float(value), device=images.device)
+        elif isinstance(value, Tensor) and value.shape in ((), (1,), (len(images),)):
+            yield key, value
 
 
 def _name(function: RewardFunction) -> str:

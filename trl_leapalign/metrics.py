@@ -1,0 +1,63 @@
+"""Values of the updates since the last log, averaged over samples and processes."""
+
+from collections import defaultdict
+from statistics import fmean, pstdev
+
+import torch
+from accelerate.utils import gather_object
+from torch import Tensor
+
+
+class MetricBuffer:
+    """Keeps values on their device until they are logged."""
+
+    def __init__(self):
+        self._values: dict[str, list[Tensor]] = defaultdict(list)
+
+    def __bool__(self) -> bool:
+        return bool(self._values)
+
+    def add(self, values: dict[str, Tensor]) -> None:
+        """Add the values of a batch.
+
+        Args:
+            values (dict[str, Tensor]): scalars, or one value a sample, shape (B,).
+        """
+        for name, value in values.items():
+            self._values[name].append(value.detach().float().reshape(-1))
+
+    def latest(self, name: str, num_batches: int) -> Tensor:
+        """Return the values of the last batches, one after another, shape (num_batches * B,)."""
+        return torch.cat(self._values[name][-num_batches:])
+
+    def num_batches(self) -> int:
+        """Return how many batches were added."""
+        return max(map(len, self._values.values()), default=0)
+
+    def last_batch(self) -> dict[str, float]:
+        """Return the means of the last batch of this process."""
+        return {name: values[-1].mean().item() for name, values in self._values.items()}
+
+    def pop(self) -> dict[str, list[float]]:
+        """Return all values of all processes and forget them; names may differ between processes."""
+        columns = {name: torch.cat(values).tolist() for name, values in self._values.items()}
+        self._values.clear()
+        return merge(gather_object([columns]))
+
+
+def merge(columns: list[dict[str, list[float]]]) -> dict[str, list[float]]:
+    """Concatenate columns of the same name, in the order of the names."""
+    names = sorted({name for each in columns for name in each})
+    return {name: [value for each in columns for value in each.get(name, [])] for name in names}
+
+
+def summarise(columns: dict[str, list[float]]) -> dict[str, float]:
+    """Average each column; of "reward" also give the standard deviation over samples.
+
+    Args:
+        columns (dict[str, list[float]]): values by name, none empty.
+
+    Returns:
+        dict[str, float]: means, and "reward_std".
+    """
+    return {**{name: fmean(values) for name, values in columns.items()}, "reward_std": pstdev(columns["reward"])}
