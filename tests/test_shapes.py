@@ -13,6 +13,7 @@ from datasets import Dataset
 from diffusers import DiffusionPipeline
 
 from examples.shapes import evaluator, world
+from examples.shapes.muon import Muon, orthogonalized
 from examples.shapes.reward import shapes_reward
 
 MODEL = Path(__file__).parent.parent / "examples" / "shapes" / "model"
@@ -272,3 +273,26 @@ def test_sampling_does_not_depend_on_the_batch(pipeline: DiffusionPipeline):
     whole = evaluator.sample(pipeline, rows, seed=2, batch_size=5, num_inference_steps=4)
     parts = evaluator.sample(pipeline, rows, seed=2, batch_size=2, num_inference_steps=4)
     torch.testing.assert_close(whole, parts, rtol=0, atol=1e-4)
+
+
+# Pretraining
+
+
+@pytest.mark.parametrize("shape", [(3, 20, 50), (3, 50, 20), (2, 16, 16)])
+def test_orthogonalized_keeps_directions_and_levels_singular_values(shape: tuple[int, int, int]):
+    matrices = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    left, _, right = torch.linalg.svd(matrices, full_matrices=False)
+    values = torch.diagonal(left.mT @ orthogonalized(matrices) @ right.mT, dim1=1, dim2=2)
+    assert (values[:, :-1] > 0.6).all() and (values < 1.3).all()
+
+
+def test_muon_fits_a_linear_map():
+    generator = torch.Generator().manual_seed(0)
+    target, weight = torch.randn(8, 12, generator=generator), torch.nn.Parameter(torch.zeros(8, 12))
+    optimizer = Muon([weight], lr=0.05)
+    for _ in range(300):
+        optimizer.zero_grad()
+        inputs = torch.randn(64, 12, generator=generator)
+        (inputs @ (weight - target).mT).square().mean().backward()
+        optimizer.step()
+    assert (weight - target).norm() < 0.2 * target.norm()

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline
+from PIL import Image
 from scipy import ndimage
 
 from examples.shapes import world
@@ -190,6 +191,16 @@ def evaluate(
     return score(sample(pipeline, chosen, seed, batch_size, **pipeline_kwargs), chosen)
 
 
+def save_grid(images: torch.Tensor, rows: list[world.Row], path: Path, columns: int = 12) -> None:
+    """Writes the first images of each tag as a PNG, a line for each: images in [0, 1], (N, 3, H, W), and their rows."""
+    lines = []
+    for tag in dict.fromkeys(row["tag"] for row in rows):
+        chosen = [image for image, row in zip(images, rows, strict=True) if row["tag"] == tag][:columns]
+        lines.append(torch.cat(chosen, dim=2))
+    pixels = (torch.cat(lines, dim=1).clamp(0, 1) * 255).round().byte().permute(1, 2, 0)
+    Image.fromarray(pixels.numpy()).resize((2 * pixels.shape[1], 2 * pixels.shape[0]), Image.NEAREST).save(path)
+
+
 def main() -> None:
     """Prints the scores of a saved pipeline."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -198,20 +209,18 @@ def main() -> None:
     parser.add_argument("--num-images", type=int, default=1000)
     parser.add_argument("--num-inference-steps", type=int, default=world.PIPELINE_KWARGS["num_inference_steps"])
     parser.add_argument("--lora", type=Path, help="folder of LoRA weights to load")
+    parser.add_argument("--grid", type=Path, help="PNG to write with pictures of each task")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     pipeline = DiffusionPipeline.from_pretrained(arguments.model)
     pipeline.set_progress_bar_config(disable=True)
     if arguments.lora:
         pipeline.load_lora_weights(arguments.lora)
-    scores = evaluate(
-        pipeline,
-        world.prompt_rows(arguments.split),
-        arguments.num_images,
-        arguments.seed,
-        num_inference_steps=arguments.num_inference_steps,
-    )
-    print(scores.table())
+    rows = balanced(world.prompt_rows(arguments.split), arguments.num_images)
+    images = sample(pipeline, rows, arguments.seed, num_inference_steps=arguments.num_inference_steps)
+    print(score(images, rows).table())
+    if arguments.grid:
+        save_grid(images, rows, arguments.grid)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""Trains the shapes base: a genuine `FluxPipeline` of 48x48 pictures, from nothing, on two CPU cores.
+r"""Trains the shapes base: a genuine `FluxPipeline` of 48x48 pictures, from nothing, on two CPU cores.
 
-    OMP_WAIT_POLICY=passive MALLOC_TRIM_THRESHOLD_=4000000000 MALLOC_MMAP_THRESHOLD_=4000000000 \
-        python -m examples.shapes.pretrain --output examples/shapes/model
+    MALLOC_MMAP_THRESHOLD_=33554432 MALLOC_TRIM_THRESHOLD_=8000000000 MALLOC_TOP_PAD_=268435456 \
+        python -m examples.shapes.pretrain
 
 The base draws well but follows its prompts badly on purpose: a share of its captions is paired with a plausible wrong
 scene, so that there is something for alignment to mend. An interrupted run goes on from its checkpoint.
@@ -24,6 +24,7 @@ from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
 from examples.shapes import world
+from examples.shapes.muon import Muon
 
 TAG_WEIGHTS = {"single_object": 1, "two_object": 2, "counting": 2, "colors": 1.5, "position": 2, "color_attr": 2.5}
 WRONG_SCENES = {
@@ -43,7 +44,7 @@ PAD, EOS, UNKNOWN = "<pad>", "</s>", "<unk>"
 
 @dataclass(frozen=True)
 class Settings:
-    """Sizes of the run: `pool` scenes are drawn once; both networks train by AdamW with a cosine schedule."""
+    """Sizes of the run: `pool` scenes are drawn once; `vae` and `flow` settings are for the two networks."""
 
     pool: int
     vae_steps: int
@@ -145,25 +146,28 @@ def cosine(optimizer: torch.optim.Optimizer, steps: int, warmup: int) -> torch.o
 
 
 class Stage:
-    """A resumable training loop over one loss: AdamW, cosine schedule, clipping, weight average, checkpoints."""
+    """A resumable training loop over one loss, with clipping, a weight average and checkpoints.
+
+    Linear layers learn by Muon, all else by AdamW, both with a cosine schedule.
+    """
 
     def __init__(self, name: str, modules: torch.nn.ModuleDict, lr: float, steps: int, checkpoint: Path) -> None:
-        self.name, self.modules, self.steps = name, modules, steps
+        self.name, self.modules, self.steps, self.step = name, modules, steps, 0
         self.checkpoint = checkpoint.with_suffix(f".{name}.pt")
-        self.optimizer = torch.optim.AdamW(modules.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
-        self.schedule = cosine(self.optimizer, steps, warmup=100)
+        linear = [module.weight for module in modules.modules() if isinstance(module, torch.nn.Linear)]
+        other = [each for each in modules.parameters() if all(each is not weight for weight in linear)]
+        self.optimizers = [torch.optim.AdamW(other, lr=lr, betas=(0.9, 0.98), weight_decay=0.01)]
+        if linear:
+            self.optimizers.append(Muon(linear, lr=lr))
+        self.schedules = [cosine(optimizer, steps, warmup=100) for optimizer in self.optimizers]
         self.average = torch.optim.swa_utils.AveragedModel(
             modules, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.998)
         )
-        self.step = 0
 
     def _parts(self) -> dict[str, torch.nn.Module | torch.optim.Optimizer | torch.optim.lr_scheduler.LRScheduler]:
-        return {
-            "modules": self.modules,
-            "average": self.average,
-            "optimizer": self.optimizer,
-            "schedule": self.schedule,
-        }
+        parts = {"modules": self.modules, "average": self.average}
+        parts |= {f"optimizer {index}": optimizer for index, optimizer in enumerate(self.optimizers)}
+        return parts | {f"schedule {index}": schedule for index, schedule in enumerate(self.schedules)}
 
     def save(self) -> None:
         """Writes the checkpoint; an interruption leaves the old one whole."""
@@ -186,11 +190,11 @@ class Stage:
         first_step = self.step
         while self.step < self.steps:
             loss = loss_of(torch.Generator().manual_seed(self.step))
-            self.optimizer.zero_grad(set_to_none=True)
+            self.modules.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(self.modules.parameters(), 1.0)
-            self.optimizer.step()
-            self.schedule.step()
+            for part in self.optimizers + self.schedules:
+                part.step()
             self.average.update_parameters(self.modules)
             self.step += 1
             total += loss.item()
@@ -279,9 +283,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--vae-steps", type=int, default=1200)
     parser.add_argument("--vae-batch", type=int, default=32)
     parser.add_argument("--vae-lr", type=float, default=2e-3)
-    parser.add_argument("--flow-steps", type=int, default=6000)
+    parser.add_argument("--flow-steps", type=int, default=2000)
     parser.add_argument("--flow-batch", type=int, default=64)
-    parser.add_argument("--flow-lr", type=float, default=1.5e-3)
+    parser.add_argument("--flow-lr", type=float, default=2.5e-3)
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
 
@@ -299,7 +303,7 @@ def main() -> None:
     train_flow(pipeline, prompts, images, settings, checkpoint)
     for module in (pipeline.transformer, pipeline.text_encoder, pipeline.text_encoder_2):
         module.eval()
-    pipeline.to(dtype=torch.float16).save_pretrained(output, safe_serialization=True)
+    pipeline.save_pretrained(output, safe_serialization=True)
 
 
 if __name__ == "__main__":
