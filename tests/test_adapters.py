@@ -5,7 +5,14 @@ from peft import LoraConfig
 from torch import nn
 
 from examples.tiny import tiny_flux, tiny_sd3
-from trl_leapalign.adapters import attach_lora, default_lora, find_denoisers, lora_state_dict, prepare_denoisers
+from trl_leapalign.adapters import (
+    attach_lora,
+    default_lora,
+    find_denoisers,
+    lora_state_dict,
+    prepare_denoisers,
+    save_trained,
+)
 
 FLUX_TARGETS = {
     *(f"transformer_blocks.0.attn.{name}" for name in ("to_q", "to_k", "to_v", "to_out.0", "to_add_out")),
@@ -128,3 +135,38 @@ def test_state_dict_means_the_adapter():
     torch.testing.assert_close(x @ a.T @ b.T, added, rtol=1e-12, atol=1e-12)
     assert (config["r"], config["lora_alpha"], config["use_rslora"]) == (4, 4, False)
     assert isinstance(transformer, FluxTransformer2DModel) and not any(v.requires_grad for v in weights.values())
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_initialisation_that_rewrites_the_base_is_refused_before_it_does(init):
+    pipeline = tiny_flux()
+    before = {key: value.clone() for key, value in pipeline.transformer.state_dict().items()}
+    with pytest.raises(ValueError, match=f"init_lora_weights='{init}' changes the base weights"):
+        attach_lora({"transformer": pipeline.transformer}, LoraConfig(r=2, init_lora_weights=init))
+    after = pipeline.transformer.state_dict()
+    assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
+
+
+def test_full_finetuning_in_bfloat16_is_refused():
+    pipeline = tiny_flux().to(torch.bfloat16)
+    with pytest.raises(ValueError, match="too coarse for full fine-tuning"):
+        prepare_denoisers(pipeline, None, None, full_finetuning=True, checkpointing=False)
+
+
+def test_adapters_of_a_pipeline_that_cannot_save_them_load_into_the_module(tmp_path):
+    pipeline, fresh = tiny_flux(), tiny_flux()
+    denoisers = {"transformer": pipeline.transformer}
+    attach_lora(denoisers, LoraConfig(r=4, lora_alpha=6))
+    for parameter in (p for p in pipeline.transformer.parameters() if p.requires_grad):
+        nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(0))
+    save_trained(object(), denoisers, tmp_path, full_finetuning=False)
+    fresh.transformer.load_lora_adapter(tmp_path / "transformer", prefix=None, use_safetensors=True)
+    images, same = (
+        each("a cat", height=16, width=16, num_inference_steps=2, max_sequence_length=16, output_type="latent",
+             generator=torch.Generator().manual_seed(0)).images
+        for each in (pipeline, fresh)
+    )  # fmt: skip
+    torch.testing.assert_close(images, same, rtol=0, atol=1e-5)
+    without = tiny_flux()("a cat", height=16, width=16, num_inference_steps=2, max_sequence_length=16,
+                          output_type="latent", generator=torch.Generator().manual_seed(0)).images  # fmt: skip
+    assert (images - without).abs().max() > 1e-3

@@ -7,6 +7,7 @@ from transformers import HfArgumentParser, TrainingArguments
 from trl import TrlParser
 
 from trl_leapalign import LeapAlign, LeapAlignConfig
+from trl_leapalign.leapalign_config import UNSUPPORTED
 
 OWN = [
     field for field in dataclasses.fields(LeapAlignConfig) if field.name not in TrainingArguments.__dataclass_fields__
@@ -205,11 +206,33 @@ def test_call_kwargs(tmp_path):
         ({"eval_strategy": "epoch"}, ValueError, "eval_strategy='epoch' is not supported"),
         ({"logging_strategy": "epoch"}, ValueError, "logging_strategy='epoch' is not supported"),
         ({"train_sampling_strategy": "group_by_length"}, ValueError, "train_sampling_strategy='group_by_length'"),
-        ({"auto_find_batch_size": True}, ValueError, "auto_find_batch_size=True is not supported: it would change which noise"),
+        (
+            {"auto_find_batch_size": True},
+            ValueError,
+            "auto_find_batch_size=True is not supported: it would change which noise",
+        ),
         (
             {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": True}},
             ValueError,
             "activation_checkpointing_kwargs=.* is not supported",
+        ),
+        ({"torch_compile": True}, ValueError, "torch_compile=True is not supported: compile the denoiser instead"),
+        ({"ignore_data_skip": True}, ValueError, "ignore_data_skip=True is not supported: a resumed run would repeat"),
+        ({"label_smoothing_factor": 0.1}, ValueError, "label_smoothing_factor=0.1 is not supported"),
+        ({"label_names": ["x"]}, ValueError, "label_names=.'x'. is not supported"),
+        ({"eval_accumulation_steps": 2}, ValueError, "eval_accumulation_steps=2 is not supported"),
+        (
+            {"accelerator_config": {"split_batches": True}},
+            ValueError,
+            "accelerator_config.split_batches is not support",
+        ),
+        (
+            {
+                **{"load_best_model_at_end": True, "save_only_model": True},
+                **{"eval_strategy": "steps", "eval_steps": 50},
+            },
+            ValueError,
+            "load_best_model_at_end needs whole checkpoints",
         ),
         ({"draw_group_size": 0}, ValueError, "draw_group_size=0 must be a whole number"),
         ({"draw_group_size": 2}, ValueError, "draw_group_size=2 must be a multiple of per_device_train_batch_size=4"),
@@ -237,3 +260,21 @@ def test_arguments_that_are_not_the_users_are_refused(name, tmp_path):
 def test_draw_groups_that_fit(tmp_path):
     for size in (4, 8, 24):
         LeapAlignConfig(output_dir=str(tmp_path), gradient_accumulation_steps=6, draw_group_size=size)
+
+
+VALUES = {"include_num_input_tokens_seen": "all", "label_smoothing_factor": 0.1, "neftune_noise_alpha": 5.0}
+
+
+@pytest.mark.parametrize("name", sorted(UNSUPPORTED))
+def test_options_that_could_not_work_are_refused_by_name(name, tmp_path):
+    kinds = {"label_names": ["labels"], "include_for_metrics": ["inputs"], "eval_accumulation_steps": 2}
+    value = VALUES.get(name, kinds.get(name, {"use_reentrant": True} if name.endswith("kwargs") else True))
+    with pytest.raises(ValueError, match=f"{name}=.* is not supported: "):
+        LeapAlignConfig(output_dir=str(tmp_path), **{name: value})
+
+
+def test_a_plateau_scheduler_waits_for_a_higher_reward(tmp_path):
+    config = LeapAlignConfig(
+        output_dir=str(tmp_path), lr_scheduler_type="reduce_lr_on_plateau", eval_strategy="steps", eval_steps=1
+    )
+    assert config.metric_for_best_model == "reward" and config.lr_scheduler_kwargs["mode"] == "max"

@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import json
 import logging
 import re
 from collections.abc import Iterator
@@ -10,15 +11,17 @@ from pathlib import Path
 
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 logger = logging.getLogger(__name__)
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 DEFAULT_RANK = 32
+KEEPS_BASE_WEIGHTS = (True, False, "gaussian", "orthogonal")
 DENOISER_PREFIXES = ("transformer", "unet")
 
 
@@ -214,6 +217,11 @@ def _check_adapter(config: LoraConfig) -> None:
         raise ValueError(
             f"lora_dropout={config.lora_dropout} would make trained images differ from sampled ones. Set it to 0."
         )
+    if config.init_lora_weights not in KEEPS_BASE_WEIGHTS:
+        raise ValueError(
+            f"init_lora_weights={config.init_lora_weights!r} changes the base weights, so the saved adapter would mean "
+            f"something else on the pipeline that others load. Choose one of {KEEPS_BASE_WEIGHTS}."
+        )
     if config.bias != "none" or config.modules_to_save:
         raise ValueError(
             f"bias={config.bias!r} and modules_to_save={config.modules_to_save} train more than low-rank weights, "
@@ -275,22 +283,38 @@ def save_trained(
     adapters = {name: lora_state_dict(denoiser) for name, denoiser in denoisers.items()}
     parameters = inspect.signature(getattr(pipeline, "save_lora_weights", lambda: None)).parameters
     if all(f"{name}_lora_layers" in parameters for name in adapters):
-        arguments = {f"{name}_lora_layers": weights for name, (weights, _) in adapters.items()}
-        for name, (_, config) in adapters.items():
-            if f"{name}_lora_adapter_metadata" in parameters:
-                arguments[f"{name}_lora_adapter_metadata"] = config
-        pipeline.save_lora_weights(directory, **arguments)
-        expected = {f"{name}.{key}": value for name, (weights, _) in adapters.items() for key, value in weights.items()}
-        _compare(load_file(directory / LORA_FILE), expected, directory / LORA_FILE)
-        return
-    for name, denoiser in denoisers.items():
-        denoiser.save_lora_adapter(directory / name, adapter_name=adapter_name(denoiser))
+        _save_with_pipeline(pipeline, adapters, directory)
+    else:
+        _save_for_modules(pipeline, adapters, directory)
+
+
+def _save_with_pipeline(
+    pipeline: DiffusionPipeline, adapters: dict[str, tuple[dict[str, Tensor], dict]], directory: Path
+) -> None:
+    arguments, expected = {}, {}
+    for name, (weights, config) in adapters.items():
+        arguments |= {f"{name}_lora_layers": weights, f"{name}_lora_adapter_metadata": config}
+        expected |= {f"{name}.{key}": value for key, value in weights.items()}
+    pipeline.save_lora_weights(directory, **arguments)
+    _compare(load_file(directory / LORA_FILE), expected, directory / LORA_FILE)
+
+
+def _save_for_modules(
+    pipeline: DiffusionPipeline, adapters: dict[str, tuple[dict[str, Tensor], dict]], directory: Path
+) -> None:
+    """Save each adapter on its own, as a diffusers model does, for pipelines that cannot save them together."""
+    for name, (weights, config) in adapters.items():
+        file = directory / name / LORA_FILE
+        file.parent.mkdir(parents=True, exist_ok=True)
+        save_file(weights, file, metadata={"format": "pt", LORA_ADAPTER_METADATA_KEY: json.dumps(config, default=list)})
+        _compare(load_file(file), weights, file)
         logger.warning(
-            "%s has no save_lora_weights for %s; the adapter was saved for %s.load_lora_adapter(%r, prefix=None).",
+            "%s cannot save LoRA weights for its %s. Load them with pipeline.%s.load_lora_adapter(%r, prefix=None, "
+            "use_safetensors=True).",
             type(pipeline).__name__,
             name,
-            type(denoiser).__name__,
-            str(directory / name),
+            name,
+            str(file.parent),
         )
 
 
