@@ -86,12 +86,15 @@ def test_seconds_per_step_count_the_steps_of_this_run(tmp_path):
     [
         ({"full_finetuning": True, "learning_rate": 1e-3}, "not a checkpoint of this training"),
         ({"ema_decay": 0.9}, "saved without ema_decay"),
+        ({"ema_decay": 0.9, "before": {"ema_decay": 0.8}}, "saved with ema_decay=0.8, not 0.9"),
         ({"arguments": {"peft_config": LoraConfig(r=4, target_modules=ATTENTION)}}, "not a checkpoint of this"),
         ({"arguments": {"peft_config": LoraConfig(r=32, target_modules=["to_q"])}}, "not a checkpoint of this"),
     ],
 )
 def test_resuming_from_another_training_is_refused(settings, message, tmp_path):
-    make_trainer(tmp_path, max_steps=1, save_strategy="steps", save_steps=1, sample_num_steps=2).train()
+    settings, before = dict(settings), settings.get("before", {})
+    settings.pop("before", None)
+    make_trainer(tmp_path, max_steps=1, save_strategy="steps", save_steps=1, sample_num_steps=2, **before).train()
     other = make_trainer(tmp_path, sample_num_steps=2, **settings)
     with pytest.raises(ValueError, match=message):
         other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
@@ -254,6 +257,26 @@ def test_full_finetuning_of_an_adapted_denoiser_is_refused(tmp_path):
     pipeline.transformer.add_adapter(LoraConfig(r=2, target_modules=["to_q"]))
     with pytest.raises(ValueError, match="The transformer has an adapter"):
         make_trainer(tmp_path, pipeline, full_finetuning=True)
+
+
+class PlainPipeline(FluxPipeline):
+    """Knows nothing of adapters on its transformer."""
+
+    @classmethod
+    def save_lora_weights(cls, save_directory, text_encoder_lora_layers=None):
+        raise AssertionError("not for a transformer")
+
+
+@pytest.mark.parametrize("name", ["default", "rslora", "patterns"])
+def test_a_pipeline_that_cannot_save_an_adapter_gets_one_for_its_transformer(name, tmp_path):
+    pipeline = PlainPipeline(**tiny_flux().components)
+    trainer = make_trainer(tmp_path / "run", pipeline, arguments={"peft_config": ADAPTERS[name]})
+    disturb(trainer)
+    trainer.save_model(tmp_path / "adapter")
+    fresh = tiny_flux()
+    base = sample(fresh)
+    fresh.transformer.load_lora_adapter(tmp_path / "adapter" / "transformer", prefix=None, use_safetensors=True)
+    assert (sample(fresh) - sample(pipeline)).abs().max() < 1e-5 < (sample(fresh) - base).abs().max()
 
 
 # All weights

@@ -65,7 +65,18 @@ def test_logged_values_agree(training, runs):
     assert [entry["step"] for entry in one] == [entry["step"] for entry in two] == [1, 2, 2, 2]
     for expected, actual in zip(one[:2], two[:2], strict=True):
         assert expected.keys() == actual.keys()
-        for key in ("loss", "reward", "d_0", "d_j", "weight", "saturated", "active_step_0", "active_step_1", "epoch"):
+        for key in (
+            "loss",
+            "reward",
+            "reward_std",
+            "d_0",
+            "d_j",
+            "weight",
+            "saturated",
+            "active_step_0",
+            "active_step_1",
+            "epoch",
+        ):
             assert actual[key] == pytest.approx(expected[key], rel=1e-6), key
         assert actual["grad_norm"] == pytest.approx(expected["grad_norm"], rel=TOLERANCE)
 

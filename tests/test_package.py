@@ -25,6 +25,7 @@ ALLOWED = {
     "rollout_model": {"rollout", "methods", "seeds"},
     "leapalign_config": {"methods"},
     "model_card": set(),
+    "metrics": set(),
     "evaluation": {"evaluation", "rewards", "rollout", "prompts", "seeds"},
 }
 FREE = {"__init__", "leapalign_trainer", "cli", "__main__"}

@@ -35,17 +35,29 @@ def test_scores_of_several_rewards():
     assert scores.rewards.shape == (2, 3) and torch.equal(scores.rewards, rows)
     torch.testing.assert_close(scores.total, 2 * rows[0] - rows[1], rtol=1e-6, atol=0)
     assert scores.rewards.requires_grad and not scores.total.requires_grad
-    assert set(scores.metrics) == {"reward_brightness", "reward_contrast", "peak"}
-    assert torch.equal(scores.metrics["reward_contrast"], rows[1])
-    assert torch.equal(scores.metrics["peak"], IMAGES.amax((1, 2, 3)))
+    contrasts = {f"rewards/contrast{name}" for name in ("", "/peak", "/number")}
+    assert set(scores.metrics) == {"rewards/brightness", *contrasts}
+    assert torch.equal(scores.metrics["rewards/contrast"], rows[1])
+    assert torch.equal(scores.metrics["rewards/contrast/peak"], IMAGES.amax((1, 2, 3)))
+    assert scores.metrics["rewards/contrast/number"] == 3
     assert not any(value.requires_grad for value in scores.metrics.values())
     assert scores.details["brightness"] == {} and scores.details["contrast"]["text"] == "x"
 
 
 def test_scores_of_one_reward():
     scores = RewardSet(contrast)(IMAGES, *CALL)
-    assert set(scores.metrics) == {"peak"}
+    assert set(scores.metrics) == {"rewards/contrast/peak", "rewards/contrast/number"}
     assert torch.equal(scores.total, IMAGES.var((1, 2, 3)))
+
+
+def test_what_is_reported_keeps_no_graph():
+    def reward(images, prompts, metadata):
+        values = images.mean((1, 2, 3))
+        return values, {"value": values * 2, "map": images * 2}
+
+    scores = RewardSet(reward)(IMAGES.clone().requires_grad_(), *CALL)
+    assert set(scores.metrics) == {"rewards/reward/value"}  # a map has no one number a sample
+    assert not any(value.requires_grad for value in (*scores.metrics.values(), *scores.details["reward"].values()))
 
 
 def test_the_gradient_of_the_images_is_the_rewards():

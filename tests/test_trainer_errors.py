@@ -138,6 +138,12 @@ CASES = {
         ValueError,
         "transformer has an adapt",
     ),
+    "initialisation": ({"peft_config": lora(init_lora_weights="pissa")}, ValueError, "changes the base weights"),
+    "all weights in bf16": (
+        {"pipeline": lambda: tiny_flux().to(torch.bfloat16), "full_finetuning": True},
+        ValueError,
+        "torch.bfloat16 are too coarse for full fine-tuning",
+    ),
     "LoRA and all weights": (
         {"peft_config": lora(), "full_finetuning": True},
         ValueError,
