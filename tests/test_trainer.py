@@ -79,6 +79,7 @@ def test_nothing_but_trained_parameters_has_a_gradient(tmp_path):
     pipeline, reward = tiny_flux(), Reward()
     trainer = make_trainer(tmp_path, pipeline, reward)
     inputs = {"prompts": PROMPTS[:1], "metadata": [{}], "indices": [0]}
+    trainer.model.train()
     trainer.compute_loss(trainer.model, inputs).backward()
     modules = [part for part in pipeline.components.values() if isinstance(part, torch.nn.Module)]
     graded = {id(p) for module in (*modules, reward) for p in module.parameters() if p.grad is not None}
@@ -241,9 +242,14 @@ def test_checkpointing_changes_no_gradient(tmp_path):
 
 
 def test_bf16_trains_under_autocast(tmp_path):
+    def reward(images, prompts, metadata):
+        rewards = (images.flatten(1) @ images.new_ones(3 * 16 * 16, 1)).squeeze(1)
+        assert rewards.dtype == torch.float32
+        return rewards
+
     pipeline, dtypes = tiny_flux(), set()
     pipeline.transformer.x_embedder.register_forward_hook(lambda module, args, out: dtypes.add(out.dtype))
-    trainer = make_trainer(tmp_path, pipeline, bf16=True, use_cpu=True, dry_run=True)
+    trainer = make_trainer(tmp_path, pipeline, reward, bf16=True, use_cpu=True, dry_run=True)
     start = trained_weights(trainer)
     trainer.train()
     end = trained_weights(trainer)
@@ -444,7 +450,7 @@ class Breaking:
     def __call__(self, images, prompts, metadata):
         self.calls += 1
         rewards = redness(images, prompts, metadata)
-        return rewards * math.nan if self.calls > 2 else rewards
+        return rewards + math.nan if self.calls > 2 else rewards  # its gradient is finite, with a threshold even zero
 
 
 @pytest.mark.parametrize("threshold", [None, 5.0])
