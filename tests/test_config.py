@@ -143,6 +143,11 @@ def test_one_threshold_and_lists_of_prompts_in_yaml(tmp_path):
     assert config.reward_threshold == [0.3] and config.train_prompts == ["a cat", "a dog"]
 
 
+def test_one_entry_needs_no_list(tmp_path):
+    config = LeapAlignConfig(output_dir=str(tmp_path), reward_weights=2, reward_threshold=0.3, denoisers="unet")
+    assert (config.reward_weights, config.reward_threshold, config.denoisers) == ([2.0], [0.3], ["unet"])
+
+
 def test_replace_keeps_values(tmp_path):
     config = LeapAlignConfig(
         output_dir=str(tmp_path),
@@ -176,12 +181,34 @@ def test_call_kwargs(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "error", "message"),
     [
-        ({"sample_num_steps": 0}, ValueError, "sample_num_steps=0 must be a whole number"),
+        ({"sample_num_steps": 0}, ValueError, "sample_num_steps=0 must be a whole number of at least 1"),
         ({"sample_num_steps": 2.5}, ValueError, "sample_num_steps=2.5"),
+        ({"sample_num_steps": None}, ValueError, "sample_num_steps=None"),
+        ({"eval_num_steps": True}, ValueError, "eval_num_steps=True"),
+        ({"max_steps": 0}, ValueError, "max_steps=0 must be a whole number of at least 1"),
+        ({"max_steps": -2}, ValueError, "max_steps=-2"),
+        ({"max_steps": "7"}, ValueError, "max_steps='7'"),
+        ({"num_train_epochs": 0}, ValueError, "num_train_epochs=0 must be a finite number above 0"),
+        ({"num_train_epochs": float("nan")}, ValueError, "num_train_epochs=nan"),
+        ({"per_device_train_batch_size": 0}, ValueError, "per_device_train_batch_size=0"),
+        ({"per_device_eval_batch_size": 2.0}, ValueError, "per_device_eval_batch_size=2.0"),
+        ({"gradient_accumulation_steps": None}, ValueError, "gradient_accumulation_steps=None"),
+        ({"learning_rate": -1e-4}, ValueError, "learning_rate=-0.0001 must be a finite number of at least 0"),
+        ({"learning_rate": "1e-4"}, ValueError, "learning_rate='1e-4'"),
+        ({"max_grad_norm": float("nan")}, ValueError, "max_grad_norm=nan"),
+        ({"max_grad_norm": -1.0}, ValueError, "max_grad_norm=-1.0"),
+        ({"max_grad_norm": None}, ValueError, "max_grad_norm=None"),
+        ({"sample_guidance_scale": "3"}, ValueError, "sample_guidance_scale='3' must be a finite number"),
+        ({"full_finetuning": "no"}, ValueError, "full_finetuning='no' must be True or False"),
+        ({"dry_run": 1}, ValueError, "dry_run=1 must be True or False"),
+        ({"prompt_column": 3}, ValueError, "prompt_column=3 must be the name of a column"),
+        ({"method_kwargs": {"gradient_discount": "0.3"}}, ValueError, "gradient_discount='0.3' must be"),
+        ({"fp16": True, "use_cpu": True}, ValueError, "fp16=True needs a GPU"),
+        ({"save_strategy": "best"}, ValueError, "save_strategy='best' never saves without evaluations"),
         ({"eval_num_steps": 0}, ValueError, "eval_num_steps=0"),
         ({"sample_height": -8}, ValueError, "sample_height=-8"),
         ({"sample_width": "64"}, ValueError, "sample_width='64'"),
-        ({"ema_decay": 0.0}, ValueError, "ema_decay=0.0 must lie between 0 and 1"),
+        ({"ema_decay": 0.0}, ValueError, "ema_decay=0.0 must be a finite number between 0 and 1, which are excl"),
         ({"ema_decay": 1.0}, ValueError, "ema_decay=1.0"),
         ({"ema_decay": float("nan")}, ValueError, "ema_decay=nan"),
         ({"sample_kwargs": "{"}, ValueError, "sample_kwargs='{' is not a JSON object"),
@@ -195,7 +222,11 @@ def test_call_kwargs(tmp_path):
             ValueError,
             r"'leapalign' has no settings \['alpha'\]; it has \['gradient_disc",
         ),
-        ({"method_kwargs": {"gradient_discount": 2}}, ValueError, "gradient_discount=2 must lie in"),
+        (
+            {"method_kwargs": {"gradient_discount": 2}},
+            ValueError,
+            "gradient_discount=2 must be a finite number between 0 and 1",
+        ),
         (
             {"method": LeapAlign(), "method_kwargs": {"num_leaps": 3}},
             ValueError,
@@ -249,7 +280,7 @@ def test_impossible_settings_are_refused(settings, error, message, tmp_path):
     "name",
     [
         *("prompt", "generator", "output_type", "return_dict", "num_images_per_prompt", "num_inference_steps"),
-        *("guidance_scale", "height", "width"),
+        *("guidance_scale", "height", "width", "latents", "sigmas", "timesteps"),
     ],
 )
 def test_arguments_that_are_not_the_users_are_refused(name, tmp_path):

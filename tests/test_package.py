@@ -16,14 +16,18 @@ ALLOWED = {
     "flow": set(),
     "losses": set(),
     "seeds": set(),
-    "rewards": {"rewards"},
+    "ranges": set(),
+    "rewards": {"rewards", "ranges"},
     "prompts": {"seeds"},
     "adapters": set(),
     "callbacks": set(),
-    "methods": {"methods", "flow"},
-    "rollout": {"flow", "methods"},
+    "methods": {"methods", "flow", "ranges"},
+    "pipelines": set(),
+    "rollout": {"flow", "methods", "pipelines"},
     "rollout_model": {"rollout", "methods", "seeds"},
-    "leapalign_config": {"methods"},
+    "leapalign_config": {"methods", "ranges"},
+    "checks": {"adapters"},
+    "checkpoints": set(),
     "model_card": set(),
     "metrics": set(),
     "evaluation": {"evaluation", "rewards", "rollout", "prompts", "seeds"},
@@ -62,7 +66,7 @@ def imports(path):
 
 def test_imports_are_found():
     assert imports(Path("leapalign_trainer.py"))[0] >= {"rollout", "rewards", "prompts", "adapters", "losses"}
-    assert imports(Path("methods/leapalign.py"))[0] == {"flow", "methods"}
+    assert imports(Path("methods/leapalign.py"))[0] == {"flow", "methods", "ranges"}
     assert imports(Path("model_card.py")) == (set(), {"leapalign_trainer"})
 
 

@@ -3,11 +3,13 @@
 import dataclasses
 import json
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import Any
 
 from transformers import TrainingArguments
 
 from .methods import METHODS, Method
+from .ranges import Range, check_bool
 
 RESERVED_SAMPLE_KWARGS = {
     "prompt": "prompts come from the dataset",
@@ -19,7 +21,27 @@ RESERVED_SAMPLE_KWARGS = {
     "guidance_scale": "set sample_guidance_scale",
     "height": "set sample_height",
     "width": "set sample_width",
+    "latents": "every update would start from the same noise, which follows from seed",
+    "sigmas": "it would override sample_num_steps; set the scheduler's shift for another schedule",
+    "timesteps": "it would override sample_num_steps; set the scheduler's shift for another schedule",
 }
+NUMBERS = {
+    **dict.fromkeys(("learning_rate", "weight_decay", "max_grad_norm"), Range(0)),
+    **dict.fromkeys(
+        ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"),
+        Range(1, whole=True),
+    ),
+    **dict.fromkeys(
+        ("sample_num_steps", "eval_num_steps", "sample_height", "sample_width", "draw_group_size"),
+        Range(1, whole=True),
+    ),
+    "num_train_epochs": Range(0, excluded=True),
+    "seed": Range(0, whole=True),
+    "data_seed": Range(0, whole=True),
+    "sample_guidance_scale": Range(),
+    "ema_decay": Range(0, 1, excluded=True),
+}
+"""Where each numeric setting lies, unless it is None by default and left so."""
 METRIC_SCHEDULERS = ("reduce_lr_on_plateau", "greedy")
 
 UNSUPPORTED = {
@@ -83,7 +105,7 @@ class LeapAlignConfig(TrainingArguments):
         > Parameters that control the reward
 
         reward_weights (`list[float]`, *optional*):
-            Weight of each reward. None is 1 for each.
+            Weight of each reward, or one number for a single reward. None is 1 for each.
         reward_threshold (`list[float]`, *optional*):
             Threshold lambda of each reward, on its own scale, or one number for a single reward: samples above it have
             no loss. None maximises without end.
@@ -180,7 +202,7 @@ class LeapAlignConfig(TrainingArguments):
 
     # Parameters that control the reward
     reward_weights: list[float] | None = field(
-        default=None, metadata={"help": "Weight of each reward. None is 1 for each."}
+        default=None, metadata={"help": "Weight of each reward, or one number for a single reward. None is 1 for each."}
     )
     reward_threshold: list[float] | None = field(
         default=None,
@@ -229,19 +251,23 @@ class LeapAlignConfig(TrainingArguments):
     def __post_init__(self):
         if self.num_train_epochs is None:
             self.num_train_epochs = 1.0
-            if self.max_steps <= 0:
+            if self.max_steps == -1:
                 self.max_steps = 300
         if self.learning_rate is None:
             self.learning_rate = 1e-5 if self.full_finetuning else 1e-4
         for name in ("sample_kwargs", "method_kwargs", "model_init_kwargs"):
             setattr(self, name, _read_dict(name, getattr(self, name)))
-        if isinstance(self.reward_threshold, (int, float)):
-            self.reward_threshold = [float(self.reward_threshold)]
+        for name in ("reward_weights", "reward_threshold"):
+            value = getattr(self, name)
+            if isinstance(value, Real) and not isinstance(value, bool):
+                setattr(self, name, [float(value)])
+        if isinstance(self.denoisers, str):
+            self.denoisers = [self.denoisers]
         compares = self.load_best_model_at_end or self.save_strategy == "best"
         if self.metric_for_best_model is None and (compares or self.lr_scheduler_type in METRIC_SCHEDULERS):
             self.metric_for_best_model = "reward"
         self._refuse_unsupported()
-        self._validate_sampling()
+        self._validate_values()
         self.build_method()
         super().__post_init__()
         if self.lr_scheduler_type in METRIC_SCHEDULERS:
@@ -304,13 +330,17 @@ class LeapAlignConfig(TrainingArguments):
             if getattr(self, name) not in (defaults[name], False, None, "no", [], {}):
                 raise ValueError(f"{name}={getattr(self, name)!r} is not supported: {reason}.")
 
-    def _validate_sampling(self) -> None:
-        for name in ("sample_num_steps", "eval_num_steps", "sample_height", "sample_width", "draw_group_size"):
-            value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or value < 1):
-                raise ValueError(f"{name}={value!r} must be a whole number of at least 1.")
-        if self.ema_decay is not None and not 0.0 < self.ema_decay < 1.0:
-            raise ValueError(f"ema_decay={self.ema_decay} must lie between 0 and 1. The paper uses 0.995.")
+    def _validate_values(self) -> None:
+        defaults = {option.name: option.default for option in dataclasses.fields(self)}
+        for name, allowed in NUMBERS.items():
+            if getattr(self, name) is not None or defaults[name] is not None:
+                allowed.check(name, getattr(self, name))
+        if self.max_steps != -1:
+            Range(1, whole=True).check("max_steps", self.max_steps)
+        for name in ("full_finetuning", "dry_run"):
+            check_bool(name, getattr(self, name))
+        if not isinstance(self.prompt_column, str):
+            raise ValueError(f"prompt_column={self.prompt_column!r} must be the name of a column.")
         for name, reason in RESERVED_SAMPLE_KWARGS.items():
             if name in self.sample_kwargs:
                 raise ValueError(f"sample_kwargs cannot set {name!r}: {reason}.")
@@ -328,6 +358,10 @@ class LeapAlignConfig(TrainingArguments):
         for name in ("split_batches", "dispatch_batches"):
             if getattr(self.accelerator_config, name):
                 raise ValueError(f"accelerator_config.{name} is not supported: prompts are not tensors. Leave it out.")
+        if self.fp16 and self.device.type == "cpu":
+            raise ValueError("fp16=True needs a GPU: the CPU has no float16 training. Set bf16=True, or neither.")
+        if self.save_strategy == "best" and self.eval_strategy == "no":
+            raise ValueError("save_strategy='best' never saves without evaluations. Set eval_strategy='steps'.")
         if self.load_best_model_at_end and self.save_only_model:
             raise ValueError(
                 "load_best_model_at_end needs whole checkpoints, which save_only_model leaves out. Drop one of them."

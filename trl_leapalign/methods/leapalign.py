@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ..flow import connect, leap
+from ..ranges import Range, check_bool
 from .base import Method, Outcome, Plan, Schedule, Trajectory
 
 STEP_CHOICES = ("random", "fixed_distance")
@@ -55,7 +56,6 @@ class LeapAlign(Method):
     nested_gradient_only: bool = False
 
     def __post_init__(self):
-        object.__setattr__(self, "step_range", tuple(self.step_range))
         for name, choices in (
             ("step_choice", STEP_CHOICES),
             ("reward_input", REWARD_INPUTS),
@@ -63,20 +63,17 @@ class LeapAlign(Method):
         ):
             if getattr(self, name) not in choices:
                 raise ValueError(f"LeapAlign: {name}={getattr(self, name)!r} is unknown; choose one of {choices}.")
-        if not 0.0 <= self.gradient_discount <= 1.0:
-            raise ValueError(f"LeapAlign: gradient_discount={self.gradient_discount} must lie in [0, 1].")
-        if not self.similarity_floor > 0.0:
+        Range(0, 1).check("LeapAlign: gradient_discount", self.gradient_discount)
+        Range(0, excluded=True).check("LeapAlign: similarity_floor", self.similarity_floor)
+        Range(1, whole=True).check("LeapAlign: num_leaps", self.num_leaps)
+        check_bool("LeapAlign: nested_gradient_only", self.nested_gradient_only)
+        bounds = tuple(self.step_range) if isinstance(self.step_range, (tuple, list)) else ()
+        if len(bounds) != 2 or any(bound not in Range(0, 1) for bound in bounds) or bounds[0] >= bounds[1]:
             raise ValueError(
-                f"LeapAlign: similarity_floor={self.similarity_floor} must be positive, since the loss weight divides "
-                "by it. The paper uses 0.1."
-            )
-        if not isinstance(self.num_leaps, int) or self.num_leaps < 1:
-            raise ValueError(f"LeapAlign: num_leaps={self.num_leaps!r} must be a whole number of at least 1.")
-        if len(self.step_range) != 2 or not 0.0 <= self.step_range[0] < self.step_range[1] <= 1.0:
-            raise ValueError(
-                f"LeapAlign: step_range={self.step_range} must be (low, high) with 0 <= low < high <= 1, times with "
+                f"LeapAlign: step_range={self.step_range!r} must be (low, high) with 0 <= low < high <= 1, times with "
                 "1 = noise."
             )
+        object.__setattr__(self, "step_range", bounds)
         if self.step_choice == "fixed_distance" and self.num_leaps != 2:
             raise ValueError(
                 f"LeapAlign: step_choice='fixed_distance' draws a pair, but num_leaps={self.num_leaps}. Set "
