@@ -55,6 +55,55 @@ def test_lists_and_datasets(source):
     assert list(load_prompts(source)) == [{"prompt": "a cat"}, {"prompt": "a dog"}]
 
 
+def test_text_files_are_split_at_newlines_alone(tmp_path):
+    (tmp_path / "prompts").write_bytes("\ufeffa cat\u2028on a mat\r\na dog\x0cbarks\n".encode())
+    assert load_prompts(tmp_path / "prompts") == [{"prompt": "a cat\u2028on a mat"}, {"prompt": "a dog\x0cbarks"}]
+    (tmp_path / "PROMPTS.TXT").write_text("a cat\n")
+    assert load_prompts(tmp_path / "PROMPTS.TXT") == [{"prompt": "a cat"}]
+
+
+def test_the_kind_of_a_file_does_not_depend_on_capitals(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    write(tmp_path / "prompts.JSONL", "jsonl")
+    assert list(load_prompts(tmp_path / "prompts.JSONL")) == ROWS
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("prompts.yaml", b"- a cat", "'.*prompts.yaml' is of no known kind. Give text .*.jsonl"),
+        ("empty.json", b"", "empty.json' is empty, broken or not in UTF-8"),
+        ("broken.json", b"{", "broken.json' is empty, broken"),
+        ("empty.csv", b"", "empty.csv' is empty, broken"),
+        ("broken.parquet", b"x", "broken.parquet' is empty, broken"),
+        ("latin.txt", b"T\xfcr", "latin.txt' is empty, broken or not in UTF-8: 'utf-8' codec"),
+        ("empty.txt", b" \n", "There are no prompts"),
+    ],
+)
+def test_files_that_cannot_be_read_are_named(name, content, message, tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        load_prompts(tmp_path / name)
+
+
+@pytest.mark.parametrize("source", ["a red circle", ""])
+def test_a_single_prompt_must_be_a_list(source):
+    with pytest.raises(ValueError, match=r"neither a file nor the id of a dataset. A single prompt must be a list"):
+        load_prompts(source)
+
+
+def test_a_folder_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"is a folder. Give a file in it"):
+        load_prompts(tmp_path)
+
+
+@pytest.mark.parametrize("source", [(row for row in ROWS), {"prompt": ["a cat"]}])
+def test_other_kinds_are_told_how_to_convert(source):
+    with pytest.raises(TypeError, match=r"from_pandas.*from_dict.*list"):
+        load_prompts(source)
+
+
 def test_another_column_and_its_metadata():
     rows = load_prompts([{"caption": "a cat", "prompt": 3, "tags": ["x"]}], "caption")
     assert split_row(rows[0], "caption") == ("a cat", {"prompt": 3, "tags": ["x"]})
@@ -164,6 +213,16 @@ def test_states_are_put_back_when_a_function_raises():
     before = states()
     with pytest.raises(KeyError):
         call_prompt_function(broken, 1)
+    assert states() == before
+
+
+def test_a_function_that_ends_is_an_error_and_not_the_end_of_training():
+    prompts = iter([("a cat", {})])
+    stream = PromptStream(lambda: next(prompts), 2, seed=1)
+    assert stream[0]["prompt"] == "a cat"
+    before = states()
+    with pytest.raises(RuntimeError, match=r"ran out of prompts.*itertools\.cycle.*train_dataset"):
+        stream[1]
     assert states() == before
 
 

@@ -6,6 +6,7 @@ from torch import nn
 
 from trl_leapalign.losses import reward_loss
 from trl_leapalign.rewards import RewardSet
+from trl_leapalign.rewards.base import check_finite
 
 IMAGES = torch.rand(3, 3, 4, 4, generator=torch.Generator().manual_seed(0))
 CALL = (["a", "b", "c"], [{}, {}, {}])
@@ -103,6 +104,7 @@ def test_modules_are_frozen():
         (lambda i, p, m: i.mean((1, 2, 3))[:2], ValueError, r"shape \(2,\) for 3 images"),
         (lambda i, p, m: i.mean((1, 2, 3)).tolist(), TypeError, "returned a list"),
         (lambda i, p, m: None, TypeError, "returned a NoneType"),
+        (lambda i, p, m: torch.tensor(i.mean((1, 2, 3)).numpy()), ValueError, "'lambda' turns tensors into NumPy"),
         (lambda i, p, m: (i.mean((1, 2, 3)).tolist(), {}), TypeError, "returned a list"),
         (lambda i, p, m: (i.mean((1, 2, 3)), None), TypeError, "returned a NoneType beside its rewards"),
         (lambda i, p, m: torch.ones(3, dtype=torch.int64), TypeError, "torch.int64, which has no gradient"),
@@ -111,6 +113,82 @@ def test_modules_are_frozen():
 def test_broken_rewards_are_refused(function, error, message):
     with pytest.raises(error, match=message):
         RewardSet(function)(IMAGES.clone().requires_grad_(), *CALL)
+
+
+class TakesFour:
+    def __call__(self, images, prompts, metadata, step):
+        return images.mean((1, 2, 3))
+
+
+class TakesOne(nn.Module):
+    def forward(self, images):
+        return images.mean((1, 2, 3))
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (Model, r"Model is a class. Pass an instance of it: Model\(...\)"),
+        (lambda images: images, r"'lambda' is called as reward\(images, prompts, metadata\), but takes \(images\)"),
+        (TakesFour(), r"'TakesFour' is called as .*metadata, step\)"),
+        (TakesOne(), r"'TakesOne' is called as .*takes \(images\)"),
+        (3, "A reward must be callable"),
+    ],
+)
+def test_what_cannot_be_called_as_a_reward_is_refused(function, message):
+    with pytest.raises(TypeError, match=message):
+        RewardSet([brightness, function])
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        ({"weights": {"brightness": 1.0, "contrast": 2.0}}, TypeError, "reward_weights=.* must be a list of numbers"),
+        ({"weights": 2.0}, TypeError, "reward_weights=2.0 must be a list"),
+        ({"weights": [1.0, "2"]}, ValueError, r"reward_weights\[1\]='2' must be a finite number"),
+        ({"weights": [1.0, None]}, ValueError, r"reward_weights\[1\]=None must be a finite number"),
+        ({"weights": [math.nan, 1.0]}, ValueError, r"reward_weights\[0\]=nan"),
+        ({"weights": [0.0, 0.0]}, ValueError, "are all zero, so nothing would be learnt"),
+        ({"thresholds": [None, math.inf]}, ValueError, r"reward_threshold\[1\]=inf must be a finite number"),
+        ({"thresholds": [True, None]}, ValueError, r"reward_threshold\[0\]=True"),
+        ({"thresholds": "ab"}, TypeError, "reward_threshold='ab' must be a list"),
+    ],
+)
+def test_weights_and_thresholds_are_finite_numbers(settings, error, message):
+    with pytest.raises(error, match=message):
+        RewardSet([brightness, contrast], **settings)
+
+
+def test_a_reward_that_changes_the_images_is_refused():
+    def in_place(images, prompts, metadata):
+        return images.mul_(2).mean((1, 2, 3))
+
+    for images in (IMAGES.clone(), IMAGES.clone().requires_grad_() * 1.0):
+        with pytest.raises(ValueError, match="'in_place' changes the images in place"):
+            RewardSet([in_place, brightness])(images, *CALL)
+    with torch.inference_mode():  # which counts no versions
+        RewardSet(brightness)(IMAGES.clone(), *CALL)
+
+
+def test_a_reward_cannot_change_the_prompts_of_the_next():
+    def careless(images, prompts, metadata):
+        prompts.pop()
+        metadata[0]["seen"] = True
+        return brightness(images, prompts, metadata)
+
+    def careful(images, prompts, metadata):
+        assert (prompts, metadata) == (["a", "b", "c"], [{}, {}, {}])
+        return brightness(images, prompts, metadata)
+
+    prompts, metadata = ["a", "b", "c"], [{}, {}, {}]
+    RewardSet([careless, careful])(IMAGES, prompts, metadata)
+    assert (prompts, metadata) == (["a", "b", "c"], [{}, {}, {}])
+
+
+def test_rewards_that_are_not_finite_are_named_with_their_prompt():
+    scores = RewardSet([brightness, lambda i, p, m: brightness(i, p, m) / torch.tensor([1, 0, 1])])(IMAGES, *CALL)
+    with pytest.raises(ValueError, match="1 of 6 rewards are not finite, such as 'lambda' of 'b': inf"):
+        check_finite(scores, ["brightness", "lambda"], CALL[0])
 
 
 def test_without_a_graph_rewards_need_none():

@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 import datasets
 import numpy as np
 import torch
+from datasets.exceptions import DatasetGenerationError
 from torch.utils.data import Dataset
 
 from .seeds import Purpose, derive_seed
@@ -16,6 +17,7 @@ from .seeds import Purpose, derive_seed
 PromptFunction: TypeAlias = Callable[[], tuple[str, dict[str, Any]]]
 PromptSource: TypeAlias = str | Path | Sequence[str] | Sequence[dict[str, Any]] | datasets.Dataset
 
+TEXT_FILES = (".txt", "")
 DATA_FILES = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
@@ -33,7 +35,7 @@ def load_prompts(source: PromptSource, prompt_column: str = "prompt", split: str
 
     Raises:
         TypeError: if the source is of another kind.
-        ValueError: if there are no prompts, or one is missing or empty.
+        ValueError: if a file cannot be read, there are no prompts, or one is missing or empty.
     """
     rows = _read(source, prompt_column, split)
     if len(rows) == 0:
@@ -68,12 +70,11 @@ def choose_prompts(
         TypeError: if a source is of the wrong kind.
         ValueError: if none or several were given, or there are no prompts in it.
     """
+    sources = {"prompt_function": prompt_function, **sources}
     given = {name: source for name, source in sources.items() if source is not None}
-    if (prompt_function is not None) + len(given) != 1:
-        names = [*(["prompt_function"] if prompt_function is not None else []), *given]
+    if len(given) != 1:
         raise ValueError(
-            f"Prompts must come from exactly one of prompt_function, {', '.join(sources)}; got "
-            f"{', '.join(names) or 'none'}."
+            f"Prompts must come from exactly one of {', '.join(sources)}; got {', '.join(given) or 'none'}."
         )
     if prompt_function is None:
         return load_prompts(next(iter(given.values())), prompt_column)
@@ -96,20 +97,40 @@ def _read(source: PromptSource, prompt_column: str, split: str) -> datasets.Data
     if isinstance(source, Sequence):
         return [{prompt_column: row} if not isinstance(row, dict) else row for row in source]
     raise TypeError(
-        f"Prompts come from a Dataset, a list, a file or a Hub id, but a {type(source).__name__} was given."
+        f"Prompts come from a Dataset, a list, a file or a Hub id, but a {type(source).__name__} was given. Convert "
+        "it: Dataset.from_pandas(frame), Dataset.from_dict(columns) or list(generator)."
     )
 
 
 def _read_path(source: str, prompt_column: str, split: str) -> datasets.Dataset | list[dict[str, Any]]:
     path = Path(source)
-    if path.is_file() and path.suffix in DATA_FILES:
-        return datasets.load_dataset(DATA_FILES[path.suffix], data_files=source, split="train")
+    suffix = path.suffix.lower()
     if path.is_file():
-        lines = path.read_text(encoding="utf-8").splitlines()
-        return [{prompt_column: line.strip()} for line in lines if line.strip()]
-    if path.suffix in (".txt", *DATA_FILES):
+        return _read_file(path, suffix, prompt_column)
+    if path.is_dir() and source:
+        raise ValueError(f"{source!r} is a folder. Give a file in it, or a Dataset that datasets has loaded from it.")
+    if suffix in (".txt", *DATA_FILES):
         raise ValueError(f"The prompt file {source!r} does not exist.")
+    if not source or any(map(str.isspace, source)):
+        raise ValueError(
+            f"{source!r} is neither a file nor the id of a dataset. A single prompt must be a list: [...]."
+        )
     return datasets.load_dataset(source, split=split)
+
+
+def _read_file(path: Path, suffix: str, prompt_column: str) -> datasets.Dataset | list[dict[str, Any]]:
+    if suffix not in (*TEXT_FILES, *DATA_FILES):
+        raise ValueError(
+            f"The prompt file {str(path)!r} is of no known kind. Give text with one prompt a line as .txt, or "
+            f"{', '.join(DATA_FILES)}."
+        )
+    try:
+        if suffix in DATA_FILES:
+            return datasets.load_dataset(DATA_FILES[suffix], data_files=str(path), split="train")
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+    except (DatasetGenerationError, StopIteration, ValueError) as error:
+        raise ValueError(f"The prompt file {str(path)!r} is empty, broken or not in UTF-8: {error}") from error
+    return [{prompt_column: line.strip()} for line in lines if line.strip()]
 
 
 class PromptStream(Dataset):
@@ -183,6 +204,7 @@ def call_prompt_function(function: PromptFunction, seed: int) -> tuple[str, dict
 
     Raises:
         TypeError: if the function returns something else.
+        RuntimeError: if it has no more prompts.
     """
     python_state, numpy_state = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(devices=[]):
@@ -191,6 +213,11 @@ def call_prompt_function(function: PromptFunction, seed: int) -> tuple[str, dict
         torch.manual_seed(seed)
         try:
             result = function()
+        except StopIteration as error:
+            raise RuntimeError(
+                "prompt_function ran out of prompts, but must return one whenever it is called. Draw at random, go "
+                "round with itertools.cycle, or give a list as train_dataset."
+            ) from error
         finally:
             random.setstate(python_state)
             np.random.set_state(numpy_state)

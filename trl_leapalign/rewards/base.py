@@ -1,11 +1,14 @@
 """The one contract of rewards, and the checks that a reward function keeps it."""
 
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
+
+from ..ranges import Range
 
 RewardFunction: TypeAlias = Callable[[Tensor, list[str], list[dict[str, Any]]], "Tensor | tuple[Tensor, dict]"]
 """`reward(images, prompts, metadata)` with images (B, 3, H, W) in [0, 1] that carry the graph, or video
@@ -39,8 +42,8 @@ class RewardSet:
         thresholds (Sequence[float | None] | None): lambda_m of each, on its own scale; None is none for each.
 
     Raises:
-        TypeError: if one is not callable.
-        ValueError: if there is none, or the weights or thresholds do not match them.
+        TypeError: if one cannot be called with images, prompts and metadata, or weights or thresholds are no list.
+        ValueError: if there is none, or the weights or thresholds do not match them or are not finite.
     """
 
     def __init__(
@@ -53,16 +56,14 @@ class RewardSet:
         if not self.functions:
             raise ValueError("There is no reward: pass a reward function, or a list of them that is not empty.")
         for function in self.functions:
-            if not callable(function):
-                raise TypeError(
-                    f"A reward must be callable as reward(images, prompts, metadata), but {function!r} is not."
-                )
+            _check_callable(function)
         count = len(self.functions)
-        self.weights = [1.0] * count if weights is None else list(weights)
-        self.thresholds = [None] * count if thresholds is None else list(thresholds)
-        for name, values in (("reward_weights", self.weights), ("reward_threshold", self.thresholds)):
-            if len(values) != count:
-                raise ValueError(f"{name} has {len(values)} entries for {count} rewards: {values}. Give one for each.")
+        self.weights = [1.0] * count if weights is None else _numbers_for("reward_weights", weights, count)
+        self.thresholds = (
+            [None] * count if thresholds is None else _numbers_for("reward_threshold", thresholds, count, optional=True)
+        )
+        if not any(self.weights):
+            raise ValueError(f"reward_weights={self.weights} are all zero, so nothing would be learnt.")
         self.names = _unique([_name(function) for function in self.functions])
 
     def prepare(self, device: torch.device) -> None:
@@ -84,11 +85,11 @@ class RewardSet:
 
         Raises:
             TypeError: if a reward returns something that is not a floating tensor.
-            ValueError: if its shape is wrong, or it has lost the graph.
+            ValueError: if its shape is wrong, it has lost the graph, or the reward changes the images in place.
         """
         rows, metrics, details = [], {}, {}
         for name, function in zip(self.names, self.functions, strict=True):
-            result = function(images, prompts, metadata)
+            result = _apply(function, name, images, prompts, metadata)
             rewards, extra = result if isinstance(result, tuple) and len(result) == 2 else (result, {})
             if not isinstance(extra, dict):
                 raise TypeError(
@@ -104,6 +105,78 @@ class RewardSet:
         rewards = torch.stack(rows)
         total = torch.tensor(self.weights, dtype=rewards.dtype, device=rewards.device) @ rewards.detach()
         return Scores(rewards, total, metrics, details)
+
+
+def _check_callable(function: Any) -> None:
+    if isinstance(function, type):
+        raise TypeError(f"The reward {function.__name__} is a class. Pass an instance of it: {function.__name__}(...).")
+    if not callable(function):
+        raise TypeError(f"A reward must be callable as reward(images, prompts, metadata), but {function!r} is not.")
+    try:
+        signature = inspect.signature(function.forward if isinstance(function, nn.Module) else function)
+    except ValueError:  # some built-in functions have none
+        return
+    try:
+        signature.bind(None, None, None)
+    except TypeError as error:
+        raise TypeError(
+            f"The reward {_name(function)!r} is called as reward(images, prompts, metadata), but takes {signature}."
+        ) from error
+
+
+def _numbers_for(name: str, values: Any, count: int, optional: bool = False) -> list[Any]:
+    if not isinstance(values, (list, tuple)):
+        raise TypeError(f"{name}={values!r} must be a list of numbers, in the order of the rewards.")
+    if len(values) != count:
+        raise ValueError(f"{name} has {len(values)} entries for {count} rewards: {values}. Give one for each.")
+    for index, value in enumerate(values):
+        if value is not None or not optional:
+            Range().check(f"{name}[{index}]", value)
+    return list(values)
+
+
+def _apply(
+    function: RewardFunction, name: str, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]
+) -> Any:
+    """Call a reward function on lists of its own, and see that it leaves the images as they are."""
+    before = _version(images)
+    try:
+        result = function(images, list(prompts), [dict(row) for row in metadata])
+    except RuntimeError as error:
+        if "numpy()" not in str(error):
+            raise
+        raise ValueError(
+            f"The reward {name!r} turns tensors into NumPy arrays, through which no gradient flows. Compute it with "
+            "torch operations only."
+        ) from error
+    if _version(images) != before:
+        raise ValueError(
+            f"The reward {name!r} changes the images in place, so the next one would see others. Use operations that "
+            "return new tensors, or start with images = images.clone()."
+        )
+    return result
+
+
+def _version(images: Tensor) -> int:
+    return 0 if images.is_inference() else images._version
+
+
+def check_finite(scores: Scores, names: list[str], prompts: list[str]) -> None:
+    """Raise ValueError if a reward is NaN or infinite.
+
+    Args:
+        scores (Scores): of a batch.
+        names (list[str]): of the rewards, length M.
+        prompts (list[str]): length B.
+    """
+    broken = (~torch.isfinite(scores.rewards)).nonzero().tolist()
+    if broken:
+        reward, sample = broken[0]
+        raise ValueError(
+            f"{len(broken)} of {scores.rewards.numel()} rewards are not finite, such as {names[reward]!r} of "
+            f"{prompts[sample]!r}: {scores.rewards[reward, sample].item()}. Check the reward, and that the images are "
+            "finite (black or NaN images come from a decoder in float16)."
+        )
 
 
 def check_rewards(rewards: Any, images: Tensor, name: str) -> None:
