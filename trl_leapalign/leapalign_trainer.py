@@ -27,9 +27,10 @@ from .leapalign_config import LeapAlignConfig
 from .losses import reward_loss
 from .metrics import MetricBuffer, merge, summarise
 from .model_card import write_model_card
+from .pipelines import check_call_arguments, load_pipeline
 from .prompts import PromptFunction, PromptSource, PromptStream, choose_prompts, collate, load_prompts, split_row
 from .rewards import RewardFunction, RewardSet, Scores
-from .rollout import RolloutOutput, check_call_arguments, load_pipeline, quiet
+from .rollout import RolloutOutput, quiet
 from .rollout_model import RolloutModel, batch_call_kwargs, solver_noise
 from .seeds import Purpose, make_generator
 

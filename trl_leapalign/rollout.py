@@ -1,4 +1,4 @@
-"""Runs the user's own pipeline with gradients where a method wants them. The only file that knows diffusers' internals.
+"""Runs the user's own pipeline with gradients where a method wants them. The file that knows diffusers' internals.
 
 The pipeline's `__call__` runs as it is, without its `no_grad` decorator. What the method needs is threaded through the
 scheduler: the real step is taken on detached values, the method decides what graph the next latents carry, and gradient
@@ -10,16 +10,23 @@ import inspect
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from types import MethodType
 from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline, SchedulerMixin
-from torch import Tensor, nn
+from torch import Tensor
 
 from .flow import RECTIFIED, TRIGFLOW, connect, scale_gradient
 from .methods.base import Method, Plan, Schedule, Trajectory
+from .pipelines import (
+    check_call_arguments,
+    check_pipeline,
+    is_flow_matching,
+    modules_of,
+    pipelines_of,
+    schedulers_of,
+)
 
 OUTPUT_TYPES = ("pt", "latent")
 # Stands for a gradient discount of 0: the scale is taken off again after the denoiser, so it must be invertible.
@@ -66,12 +73,13 @@ def run_rollout(
         RolloutOutput: images with graph, loss weights, active steps and metrics.
 
     Raises:
-        TypeError: if `pipeline` is not a pipeline, or an argument is unknown to its call.
+        TypeError: if an argument is of the wrong kind, or unknown to the pipeline's call.
         ValueError: if the pipeline cannot be differentiated, or has too few steps for the method.
-        RuntimeError: if gradients cannot be recorded, or the pipeline's output has lost them.
+        RuntimeError: if gradients cannot be recorded, the pipeline loses them, or it is in a rollout already.
     """
     check_pipeline(pipeline)
     check_call_arguments(pipeline, pipeline_kwargs)
+    _check_kinds(method, method_generator, pipeline_kwargs.get("generator"))
     call_kwargs = {"output_type": "pt", **pipeline_kwargs, "return_dict": False}
     if call_kwargs["output_type"] not in OUTPUT_TYPES:
         raise ValueError(
@@ -106,83 +114,14 @@ def run_rollout(
     return recorder.collect(output[0], pipeline)
 
 
-def load_pipeline(
-    pipeline: DiffusionPipeline | str | Path, device: torch.device, init_kwargs: dict[str, Any]
-) -> DiffusionPipeline:
-    """Load a pipeline if it is given by name, and check it.
-
-    Args:
-        pipeline (DiffusionPipeline | str | Path): a pipeline, or its Hub id or path.
-        device (torch.device): where it will run; sets the default dtype, bfloat16 but on the CPU.
-        init_kwargs (dict[str, Any]): arguments of `from_pretrained`.
-
-    Returns:
-        DiffusionPipeline: on the device it was on or, when loaded, on the CPU.
-
-    Raises:
-        TypeError: if it is not a diffusers pipeline.
-        ValueError: if it cannot be differentiated, or `init_kwargs` come with a pipeline that is loaded already.
-    """
-    if isinstance(pipeline, (str, Path)):
-        dtype = init_kwargs.get("torch_dtype", torch.float32 if device.type == "cpu" else torch.bfloat16)
-        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
-        pipeline = DiffusionPipeline.from_pretrained(pipeline, **{**init_kwargs, "torch_dtype": dtype})
-    elif init_kwargs:
-        raise ValueError("model_init_kwargs has no effect on a pipeline that is loaded already. Leave it out.")
-    check_pipeline(pipeline)
-    return pipeline
-
-
-def check_pipeline(pipeline: DiffusionPipeline) -> None:
-    """Say whether a pipeline can be differentiated, before anything runs.
-
-    Args:
-        pipeline (DiffusionPipeline): the pipeline to check.
-
-    Raises:
-        TypeError: if it is not a diffusers pipeline.
-        ValueError: if no scheduler of it does flow matching, its weights move between devices, or it cannot return
-            tensors.
-    """
-    if not isinstance(pipeline, DiffusionPipeline):
-        raise TypeError(
-            f"Expected a diffusers pipeline, got {type(pipeline).__name__}. Load one with "
-            "DiffusionPipeline.from_pretrained(...)."
-        )
-    name = type(pipeline).__name__
-    if not any(map(is_flow_matching, _schedulers(pipeline))):
-        found = ", ".join(type(scheduler).__name__ for scheduler in _schedulers(pipeline)) or "no scheduler"
-        raise ValueError(
-            f"{name} does not sample by flow matching: it has {found}. Needed is a FlowMatch scheduler (such as "
-            "FlowMatchEulerDiscreteScheduler), a multistep scheduler with prediction_type='flow_prediction' and "
-            "use_flow_sigmas=True, or a TrigFlow one, and a model trained for it (FLUX, SD3.5, Qwen-Image, Wan, ...)."
-        )
-    offloaded = [key for key, module in _modules(pipeline).items() if getattr(module, "_hf_hook", None) is not None]
-    if offloaded or getattr(pipeline, "hf_device_map", None) is not None:
-        raise ValueError(
-            f"{name} moves weights between devices during the call (cpu offload or a device_map: "
-            f"{', '.join(offloaded) or pipeline.hf_device_map}), so the backward pass would not find them. Call "
-            "pipeline.remove_all_hooks() or load it without device_map, then pipeline.to(device)."
-        )
-    if "output_type" not in inspect.signature(type(pipeline).__call__).parameters:
-        raise ValueError(f"{name} cannot return tensors: its call has no output_type argument.")
-
-
-def is_flow_matching(scheduler: SchedulerMixin) -> bool:
-    """Whether `scheduler.step` integrates a flow-matching velocity.
-
-    Args:
-        scheduler (SchedulerMixin): a scheduler with its configuration.
-
-    Returns:
-        bool: True for the FlowMatch schedulers, those of other families that are set to flow matching, and TrigFlow.
-    """
-    if any("FlowMatch" in base.__name__ for base in type(scheduler).__mro__):
-        return True
-    prediction_type = scheduler.config.get("prediction_type")
-    if "use_flow_sigmas" in scheduler.config:
-        return prediction_type == "flow_prediction" and scheduler.config.use_flow_sigmas
-    return prediction_type in ("flow_prediction", "trigflow")
+def _check_kinds(method: Any, method_generator: Any, generator: Any) -> None:
+    if not isinstance(method, Method):
+        raise TypeError(f"method must be an instance of a method, such as LeapAlign(), but got {method!r}.")
+    generators = {"method_generator": [method_generator], "generator": generator}
+    for name, values in generators.items():
+        for value in values if isinstance(values, (list, tuple)) else [values]:
+            if value is not None and not isinstance(value, torch.Generator):
+                raise TypeError(f"{name}={value!r} is no torch.Generator. Make one: torch.Generator().manual_seed(3).")
 
 
 class _StartsLater(Exception):
@@ -219,6 +158,7 @@ class _Stream:
     plan: Plan
     trajectory: Trajectory
     num_taken: int = 0
+    entered_with_graph: bool = False
 
     @property
     def running(self) -> bool:
@@ -233,6 +173,7 @@ class _Stream:
 
     def enter(self, latents: Tensor) -> Tensor:
         entered = self.trajectory.enter(self.num_taken, latents)
+        self.entered_with_graph = entered.requires_grad
         if self.is_active(self.num_taken) and entered.requires_grad:
             if self.scale == _ZERO_SCALE and latents.dtype == torch.float16:
                 raise ValueError(
@@ -246,6 +187,11 @@ class _Stream:
     def leave(self, latents: Tensor, velocity: Tensor) -> None:
         if self.is_active(self.num_taken) and latents.requires_grad:
             latents = scale_gradient(latents, 1.0 / self.scale)
+        elif self.is_active(self.num_taken) and self.entered_with_graph:
+            raise RuntimeError(
+                f"Something detached the latents before step {self.num_taken}, so no gradient would flow through the "
+                "steps before it. Leave out what replaces them between the steps, such as callback_on_step_end."
+            )
         self.trajectory.leave(self.num_taken, latents, -velocity if self.inverted else velocity)
 
 
@@ -264,6 +210,11 @@ class _Recorder:
     def track(self, scheduler: SchedulerMixin) -> None:
         """Turn one instance, and the deep copies made of it, into a tracked one; its class stays as it is."""
         original = type(scheduler)
+        if hasattr(original, "leapalign_recorder"):
+            raise RuntimeError(
+                "The pipeline is already in a rollout. Run one at a time, or make another pipeline of its components "
+                "with a scheduler of its own."
+            )
         recorder = self
 
         @functools.wraps(original.set_timesteps)
@@ -283,7 +234,7 @@ class _Recorder:
             bound = inspect.signature(original.step).bind(self, *args, **kwargs)
             return recorder.step(self, original.step, bound)
 
-        tracked = {"set_timesteps": set_timesteps, "step": step}
+        tracked = {"set_timesteps": set_timesteps, "step": step, "leapalign_recorder": recorder}
         if hasattr(original, "set_begin_index"):
             tracked["set_begin_index"] = set_begin_index
         scheduler.__class__ = type(original.__name__, (original,), tracked)
@@ -350,7 +301,7 @@ class _Recorder:
                 )
         if not isinstance(images, Tensor):
             raise ValueError(f"{name} returned {type(images).__name__} for tensors; it cannot be differentiated.")
-        trained = any(p.requires_grad for module in _modules(pipeline).values() for p in module.parameters())
+        trained = any(p.requires_grad for module in modules_of(pipeline).values() for p in module.parameters())
         if trained and not images.requires_grad:
             raise RuntimeError(
                 f"The output of {name} carries no gradient: something between its denoiser and its output detaches it, "
@@ -372,16 +323,16 @@ def _instrumented(pipeline: DiffusionPipeline, recorder: _Recorder) -> Iterator[
     """Make a pipeline ready for a rollout, and put everything back afterwards."""
     with ExitStack() as stack:
         stack.callback(recorder.release)
-        for scheduler in filter(is_flow_matching, _schedulers(pipeline)):
+        for scheduler in filter(is_flow_matching, schedulers_of(pipeline)):
             recorder.track(scheduler)
-        for part in _pipelines(pipeline):
+        for part in pipelines_of(pipeline):
             for name, method in inspect.getmembers(type(part), inspect.isfunction):
                 stripped = _without_no_grad(method)
                 if stripped is not method and name != "__call__":
                     static = isinstance(inspect.getattr_static(type(part), name), staticmethod)
                     stack.enter_context(_attribute(part, name, stripped if static else MethodType(stripped, part)))
             stack.enter_context(quiet(part))
-        for module in _modules(pipeline).values():
+        for module in modules_of(pipeline).values():
             for submodule in filter(lambda part: part.training, module.modules()):
                 stack.enter_context(_attribute(submodule, "training", False))
         yield
@@ -442,45 +393,3 @@ def _without_no_grad(function: Callable) -> Callable:
     while getattr(function, "__code__", None) is not None and function.__code__.co_name == "decorate_context":
         function = function.__wrapped__
     return function
-
-
-def check_call_arguments(pipeline: DiffusionPipeline, names: Any) -> None:
-    """Check that a pipeline's call takes some arguments.
-
-    Args:
-        pipeline (DiffusionPipeline): the pipeline.
-        names (Iterable[str]): names of the arguments.
-
-    Raises:
-        TypeError: if the call does not take one of them, or it is not the caller's to set.
-    """
-    parameters = inspect.signature(type(pipeline).__call__).parameters
-    known = [name for name in parameters if name not in ("self", "return_dict")]
-    unknown = [name for name in names if name not in known]
-    if unknown:
-        raise TypeError(
-            f"{type(pipeline).__name__} cannot be called with {', '.join(unknown)}. It takes: {', '.join(known)}."
-        )
-
-
-def _pipelines(pipeline: DiffusionPipeline) -> list[DiffusionPipeline]:
-    """The pipeline and those among its components."""
-    parts = [pipeline]
-    for component in pipeline.components.values():
-        if isinstance(component, DiffusionPipeline):
-            parts += _pipelines(component)
-    return parts
-
-
-def _schedulers(pipeline: DiffusionPipeline) -> list[SchedulerMixin]:
-    components = [component for part in _pipelines(pipeline) for component in part.components.values()]
-    return list({id(c): c for c in components if isinstance(c, SchedulerMixin)}.values())
-
-
-def _modules(pipeline: DiffusionPipeline) -> dict[str, nn.Module]:
-    return {
-        name: component
-        for part in _pipelines(pipeline)
-        for name, component in part.components.items()
-        if isinstance(component, nn.Module)
-    }

@@ -1,0 +1,132 @@
+"""What a pipeline consists of, and whether it can be differentiated."""
+
+import inspect
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline, SchedulerMixin
+from torch import nn
+
+
+def load_pipeline(
+    pipeline: DiffusionPipeline | str | Path, device: torch.device, init_kwargs: dict[str, Any]
+) -> DiffusionPipeline:
+    """Load a pipeline if it is given by name, and check it.
+
+    Args:
+        pipeline (DiffusionPipeline | str | Path): a pipeline, or its Hub id or path.
+        device (torch.device): where it will run; sets the default dtype, bfloat16 but on the CPU.
+        init_kwargs (dict[str, Any]): arguments of `from_pretrained`.
+
+    Returns:
+        DiffusionPipeline: on the device it was on or, when loaded, on the CPU.
+
+    Raises:
+        TypeError: if it is not a diffusers pipeline.
+        ValueError: if it cannot be differentiated, or `init_kwargs` come with a pipeline that is loaded already.
+    """
+    if isinstance(pipeline, (str, Path)):
+        dtype = init_kwargs.get("torch_dtype", torch.float32 if device.type == "cpu" else torch.bfloat16)
+        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+        pipeline = DiffusionPipeline.from_pretrained(pipeline, **{**init_kwargs, "torch_dtype": dtype})
+    elif init_kwargs:
+        raise ValueError("model_init_kwargs has no effect on a pipeline that is loaded already. Leave it out.")
+    check_pipeline(pipeline)
+    return pipeline
+
+
+def check_pipeline(pipeline: DiffusionPipeline) -> None:
+    """Say whether a pipeline can be differentiated, before anything runs.
+
+    Args:
+        pipeline (DiffusionPipeline): the pipeline to check.
+
+    Raises:
+        TypeError: if it is not a diffusers pipeline.
+        ValueError: if no scheduler of it does flow matching, its weights move between devices, or it cannot return
+            tensors.
+    """
+    if not isinstance(pipeline, DiffusionPipeline):
+        raise TypeError(
+            f"Expected a diffusers pipeline, got {type(pipeline).__name__}. Load one with "
+            "DiffusionPipeline.from_pretrained(...)."
+        )
+    name = type(pipeline).__name__
+    if not any(map(is_flow_matching, schedulers_of(pipeline))):
+        found = ", ".join(type(scheduler).__name__ for scheduler in schedulers_of(pipeline)) or "no scheduler"
+        raise ValueError(
+            f"{name} does not sample by flow matching: it has {found}. Needed is a FlowMatch scheduler (such as "
+            "FlowMatchEulerDiscreteScheduler), a multistep scheduler with prediction_type='flow_prediction' and "
+            "use_flow_sigmas=True, or a TrigFlow one, and a model trained for it (FLUX, SD3.5, Qwen-Image, Wan, ...)."
+        )
+    offloaded = [key for key, module in modules_of(pipeline).items() if getattr(module, "_hf_hook", None) is not None]
+    if offloaded or getattr(pipeline, "hf_device_map", None) is not None:
+        raise ValueError(
+            f"{name} moves weights between devices during the call (cpu offload or a device_map: "
+            f"{', '.join(offloaded) or pipeline.hf_device_map}), so the backward pass would not find them. Call "
+            "pipeline.remove_all_hooks() or load it without device_map, then pipeline.to(device)."
+        )
+    if "output_type" not in inspect.signature(type(pipeline).__call__).parameters:
+        raise ValueError(f"{name} cannot return tensors: its call has no output_type argument.")
+
+
+def is_flow_matching(scheduler: SchedulerMixin) -> bool:
+    """Whether `scheduler.step` integrates a flow-matching velocity.
+
+    Args:
+        scheduler (SchedulerMixin): a scheduler with its configuration.
+
+    Returns:
+        bool: True for the FlowMatch schedulers, those of other families that are set to flow matching, and TrigFlow.
+    """
+    if any("FlowMatch" in base.__name__ for base in type(scheduler).__mro__):
+        return True
+    prediction_type = scheduler.config.get("prediction_type")
+    if "use_flow_sigmas" in scheduler.config:
+        return prediction_type == "flow_prediction" and scheduler.config.use_flow_sigmas
+    return prediction_type in ("flow_prediction", "trigflow")
+
+
+def check_call_arguments(pipeline: DiffusionPipeline, names: Any) -> None:
+    """Check that a pipeline's call takes some arguments.
+
+    Args:
+        pipeline (DiffusionPipeline): the pipeline.
+        names (Iterable[str]): names of the arguments.
+
+    Raises:
+        TypeError: if the call does not take one of them, or it is not the caller's to set.
+    """
+    parameters = inspect.signature(type(pipeline).__call__).parameters
+    known = [name for name in parameters if name not in ("self", "return_dict")]
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise TypeError(
+            f"{type(pipeline).__name__} cannot be called with {', '.join(unknown)}. It takes: {', '.join(known)}."
+        )
+
+
+def pipelines_of(pipeline: DiffusionPipeline) -> list[DiffusionPipeline]:
+    """The pipeline and those among its components."""
+    parts = [pipeline]
+    for component in pipeline.components.values():
+        if isinstance(component, DiffusionPipeline):
+            parts += pipelines_of(component)
+    return parts
+
+
+def schedulers_of(pipeline: DiffusionPipeline) -> list[SchedulerMixin]:
+    """The schedulers of a pipeline and of those among its components, each once."""
+    components = [component for part in pipelines_of(pipeline) for component in part.components.values()]
+    return list({id(c): c for c in components if isinstance(c, SchedulerMixin)}.values())
+
+
+def modules_of(pipeline: DiffusionPipeline) -> dict[str, nn.Module]:
+    """The modules of a pipeline and of those among its components, by name."""
+    return {
+        name: component
+        for part in pipelines_of(pipeline)
+        for name, component in part.components.items()
+        if isinstance(component, nn.Module)
+    }
