@@ -11,6 +11,7 @@ from trl_leapalign.adapters import (
     find_denoisers,
     lora_state_dict,
     prepare_denoisers,
+    restored_on_error,
     save_trained,
 )
 
@@ -56,6 +57,42 @@ def test_no_default_for_a_module_without_blocks():
 def test_a_module_that_takes_no_adapters():
     with pytest.raises(ValueError, match=r"The transformer \(Sequential\) takes no LoRA adapters"):
         attach_lora({"transformer": nn.Sequential(nn.Linear(2, 2))}, LoraConfig(target_modules=["0"]))
+
+
+def test_a_text_encoder_takes_no_adapter_and_stays_as_it_is():
+    pipeline = tiny_flux()
+    with pytest.raises(ValueError, match=r"The text_encoder \(CLIPTextModel\) takes no LoRA adapters of diffusers"):
+        with restored_on_error(pipeline):
+            prepare_denoisers(pipeline, ["text_encoder"], None, full_finetuning=False, checkpointing=False)
+    assert not any("lora" in name for name, _ in pipeline.text_encoder.named_parameters())
+
+
+def test_a_compiled_denoiser_is_refused_and_one_compiled_in_place_is_not():
+    pipeline = tiny_flux()
+    plain = pipeline.transformer
+    pipeline.transformer = torch.compile(plain)
+    with pytest.raises(ValueError, match=r"wrapped the transformer, .*in place: pipeline\.transformer\.compile\(\)"):
+        find_denoisers(pipeline)
+    pipeline.transformer = plain
+    plain.compile()
+    assert find_denoisers(pipeline) == {"transformer": plain}
+
+
+@pytest.mark.parametrize(
+    ("prepare", "message"),
+    [("disable_lora", r"is disabled, .*pipeline\.enable_lora"), ("fuse_lora", r"is fused, .*pipeline\.unfuse_lora")],
+)
+def test_an_adapter_that_has_no_effect_is_refused(prepare, message):
+    pipeline = tiny_flux()
+    pipeline.transformer.add_adapter(LoraConfig(r=2, target_modules=["to_q"]))
+    getattr(pipeline, prepare)()
+    with pytest.raises(ValueError, match=message):
+        attach_lora({"transformer": pipeline.transformer}, None)
+
+
+def test_adapters_of_single_parameters_are_refused():
+    with pytest.raises(ValueError, match=r"target_parameters=\['weight'\] train weights that pipelines cannot load"):
+        attach_lora({"transformer": tiny_flux().transformer}, LoraConfig(r=2, target_parameters=["weight"]))
 
 
 def test_denoisers_are_found_by_name():

@@ -11,8 +11,10 @@ from pathlib import Path
 
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.loaders import PeftAdapterMixin
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from peft import LoraConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -125,7 +127,7 @@ def find_denoisers(pipeline: DiffusionPipeline, names: list[str] | None = None) 
         dict[str, nn.Module]: by component name.
 
     Raises:
-        ValueError: if a name is not that of a module, or none is found.
+        ValueError: if a name is not that of a module, none is found, or one is wrapped by torch.compile.
     """
     modules = {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
     chosen = names if names is not None else [name for name in modules if name.startswith(DENOISER_PREFIXES)]
@@ -134,6 +136,12 @@ def find_denoisers(pipeline: DiffusionPipeline, names: list[str] | None = None) 
         raise ValueError(
             f"{type(pipeline).__name__} has no module to train called {', '.join(unknown) or 'transformer or unet'}. "
             f"Set denoisers to some of {sorted(modules)}."
+        )
+    compiled = [name for name in chosen if hasattr(modules[name], "_orig_mod")]
+    if compiled:
+        raise ValueError(
+            f"torch.compile() wrapped the {compiled[0]}, so its saved weights could not be loaded again. "
+            f"Compile it in place: pipeline.{compiled[0]}.compile()."
         )
     return {name: modules[name] for name in chosen}
 
@@ -190,7 +198,9 @@ def attach_lora(denoisers: dict[str, nn.Module], peft_config: LoraConfig | None)
             )
         config = denoiser.peft_config[loaded[0]] if loaded else copy.deepcopy(peft_config) or default_lora(denoiser)
         _check_adapter(config)
-        if not loaded:
+        if loaded:
+            _check_active(name, denoiser)
+        else:
             _add_adapter(name, denoiser, config)
         for key, parameter in denoiser.named_parameters():
             if "lora_" in key:
@@ -201,8 +211,11 @@ def attach_lora(denoisers: dict[str, nn.Module], peft_config: LoraConfig | None)
 def _add_adapter(name: str, denoiser: nn.Module, config: LoraConfig) -> None:
     if config.target_modules is None:
         config.target_modules = default_lora(denoiser).target_modules
-    if not hasattr(denoiser, "add_adapter"):
-        raise ValueError(f"The {name} ({type(denoiser).__name__}) takes no LoRA adapters. Set full_finetuning=True.")
+    if not isinstance(denoiser, PeftAdapterMixin):
+        raise ValueError(
+            f"The {name} ({type(denoiser).__name__}) takes no LoRA adapters of diffusers. Set full_finetuning=True, or "
+            "denoisers to the components that sample."
+        )
     try:
         denoiser.add_adapter(config)
     except ValueError as error:
@@ -210,6 +223,19 @@ def _add_adapter(name: str, denoiser: nn.Module, config: LoraConfig) -> None:
             f"The LoRA of peft_config does not fit the {name}: {error}. Set target_modules to names of its linear "
             "layers, or leave it out for the default."
         ) from error
+
+
+def _check_active(name: str, denoiser: nn.Module) -> None:
+    layers = [module for module in denoiser.modules() if isinstance(module, BaseTunerLayer)]
+    for attribute, problem, remedy in (
+        ("disable_adapters", "disabled", "pipeline.enable_lora()"),
+        ("merged", "fused", "pipeline.unfuse_lora()"),
+    ):
+        if any(getattr(layer, attribute) for layer in layers):
+            raise ValueError(
+                f"The adapter of the {name} is {problem}, so training it would change no image. Call {remedy} first, "
+                "or pipeline.unload_lora_weights() to start a new one."
+            )
 
 
 def _check_adapter(config: LoraConfig) -> None:
@@ -222,10 +248,11 @@ def _check_adapter(config: LoraConfig) -> None:
             f"init_lora_weights={config.init_lora_weights!r} changes the base weights, so the saved adapter would mean "
             f"something else on the pipeline that others load. Choose one of {KEEPS_BASE_WEIGHTS}."
         )
-    if config.bias != "none" or config.modules_to_save:
+    if config.bias != "none" or config.modules_to_save or config.target_parameters:
         raise ValueError(
-            f"bias={config.bias!r} and modules_to_save={config.modules_to_save} train more than low-rank weights, "
-            "which pipelines cannot load from an adapter's file. Leave them out, or set full_finetuning=True."
+            f"bias={config.bias!r}, modules_to_save={config.modules_to_save} and target_parameters="
+            f"{config.target_parameters} train weights that pipelines cannot load from an adapter's file. Leave them "
+            "out, or set full_finetuning=True."
         )
 
 
