@@ -15,6 +15,7 @@ from training_cases import PROMPTS, checkpoint_tensors, logged, make_trainer, re
 
 from examples.tiny import tiny_flux, tiny_sd3
 from trl_leapalign.adapters import LORA_FILE, _compare, save_trained
+from trl_leapalign.checkpoints import last_checkpoint
 
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
 
@@ -85,8 +86,13 @@ def test_seconds_per_step_count_the_steps_of_this_run(tmp_path):
     ("settings", "message"),
     [
         ({"full_finetuning": True, "learning_rate": 1e-3}, "not a checkpoint of this training"),
-        ({"ema_decay": 0.9}, "saved without ema_decay"),
+        ({"ema_decay": 0.9}, "saved with ema_decay=None, not 0.9"),
+        ({"before": {"ema_decay": 0.8}}, "saved with ema_decay=0.8, not None"),
         ({"ema_decay": 0.9, "before": {"ema_decay": 0.8}}, "saved with ema_decay=0.8, not 0.9"),
+        ({"seed": 43}, "saved with seed=42, not 43; data_seed=42, not 43. Resume with what it was saved with"),
+        ({"data_seed": 3}, "saved with data_seed=42, not 3"),
+        ({"gradient_accumulation_steps": 2}, "samples_per_update=1, not 2"),
+        ({"draw_group_size": 1, "before": {"gradient_accumulation_steps": 2}}, "draw_group_size=2, not 1"),
         ({"arguments": {"peft_config": LoraConfig(r=4, target_modules=ATTENTION)}}, "not a checkpoint of this"),
         ({"arguments": {"peft_config": LoraConfig(r=32, target_modules=["to_q"])}}, "not a checkpoint of this"),
     ],
@@ -103,12 +109,44 @@ def test_resuming_from_another_training_is_refused(settings, message, tmp_path):
 def test_resuming_from_no_checkpoint_is_refused(tmp_path):
     trainer = make_trainer(tmp_path)
     start = trained_weights(trainer)
-    for folder in (tmp_path, tmp_path / "missing"):
-        with pytest.raises(ValueError, match="not a checkpoint of this training"):
+    for folder, message in ((tmp_path, "is not a whole checkpoint"), (tmp_path / "missing", "does not exist")):
+        with pytest.raises(ValueError, match=message):
             trainer.train(resume_from_checkpoint=str(folder))
     with pytest.raises(ValueError, match="No valid checkpoint"):
         trainer.train(resume_from_checkpoint=True)
     assert same(start, trained_weights(trainer))
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "run.json", "trained_parameters.safetensors"])
+def test_resuming_from_a_part_of_a_checkpoint_is_refused(name, tmp_path):
+    make_trainer(tmp_path, max_steps=1, save_strategy="steps", save_steps=1, sample_num_steps=2).train()
+    (tmp_path / "checkpoint-1" / name).unlink()
+    trainer = make_trainer(tmp_path, sample_num_steps=2)
+    with pytest.raises(ValueError, match=f"is not a whole checkpoint: it has no {name}"):
+        trainer.train(resume_from_checkpoint=True)
+
+
+def test_the_last_whole_checkpoint_is_resumed(tmp_path):
+    make_trainer(tmp_path, max_steps=2, save_strategy="steps", save_steps=1, sample_num_steps=2).train()
+    (tmp_path / "checkpoint-2" / "trainer_state.json").unlink()
+    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-1")
+    (tmp_path / "checkpoint-1").rename(tmp_path / "checkpoint-10")
+    (tmp_path / "checkpoint-2" / "trainer_state.json").touch()
+    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
+
+
+# Weights that are not finite
+
+
+@pytest.mark.parametrize("settings", [{"save_strategy": "steps", "save_steps": 1}, {}, {"max_steps": 2}], ids=str)
+def test_weights_that_are_not_finite_are_never_saved_nor_left_silently(settings, tmp_path):
+    trainer = make_trainer(tmp_path, **{"learning_rate": 1e39, "max_steps": 1, "sample_num_steps": 2, **settings})
+    with pytest.raises(FloatingPointError, match=r"weights are not finite, such as .* learning_rate is too high"):
+        trainer.train()
+    assert not (tmp_path / "checkpoint-1").exists()
+    with pytest.raises(FloatingPointError, match="weights are not finite"):
+        trainer.save_model(str(tmp_path / "saved"))
+    assert not (tmp_path / "saved").exists()
 
 
 # The moving average

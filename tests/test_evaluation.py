@@ -164,6 +164,15 @@ def test_prompts_of_an_evaluation(given, tmp_path):
     assert trainer.evaluate()["eval_reward"] == pytest.approx(expected, rel=1e-5)
 
 
+def test_a_reward_that_is_not_finite_stops_an_evaluation(tmp_path):
+    def reward(images, prompts, metadata):
+        return redness(images, prompts, metadata) / images.new_tensor(["blue" not in prompt for prompt in prompts])
+
+    trainer = make_trainer(tmp_path, reward=reward, per_device_eval_batch_size=2, sample_num_steps=2)
+    with pytest.raises(ValueError, match="1 of 2 rewards are not finite, such as 'reward' of 'two blue squares': -inf"):
+        trainer.evaluate(PROMPTS[:2])
+
+
 def test_evaluation_without_prompts_is_refused(tmp_path):
     trainer = make_trainer(tmp_path)
     with pytest.raises(ValueError, match="no prompts to evaluate on"):

@@ -27,7 +27,7 @@ ALLOWED = {
     "rollout_model": {"rollout", "methods", "seeds"},
     "leapalign_config": {"methods", "ranges"},
     "checks": {"adapters"},
-    "checkpoints": set(),
+    "checkpoints": {"adapters"},
     "model_card": set(),
     "metrics": set(),
     "evaluation": {"evaluation", "rewards", "rollout", "prompts", "seeds"},

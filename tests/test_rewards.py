@@ -5,8 +5,7 @@ import torch
 from torch import nn
 
 from trl_leapalign.losses import reward_loss
-from trl_leapalign.rewards import RewardSet
-from trl_leapalign.rewards.base import check_finite
+from trl_leapalign.rewards import RewardSet, check_finite
 
 IMAGES = torch.rand(3, 3, 4, 4, generator=torch.Generator().manual_seed(0))
 CALL = (["a", "b", "c"], [{}, {}, {}])

@@ -10,13 +10,19 @@ from diffusers import DDIMScheduler, EulerDiscreteScheduler, FluxTransformer2DMo
 from peft import LoraConfig
 from torch import nn
 from training_cases import PROMPTS, make_config, redness
+from transformers import TrainingArguments
 
 from examples.tiny import tiny_flux
 from trl_leapalign import LeapAlign, LeapAlignTrainer
+from trl_leapalign.checks import check_gradients
 
 
 def mean(images):
     return images.mean((1, 2, 3))
+
+
+def mean_of(images, prompts, metadata):
+    return mean(images)
 
 
 def with_scheduler(scheduler):
@@ -33,15 +39,22 @@ def without_checkpointing():
     return pipeline
 
 
+def compiled():
+    pipeline = tiny_flux()
+    pipeline.transformer = torch.compile(pipeline.transformer)
+    return pipeline
+
+
 def offloaded():
     pipeline = tiny_flux()
     pipeline.transformer._hf_hook = object()
     return pipeline
 
 
-def with_adapter():
+def with_adapter(scale=1.0):
     pipeline = tiny_flux()
     pipeline.transformer.add_adapter(LoraConfig(r=2, target_modules=["to_q"]))
+    pipeline.transformer.set_adapters("default", scale)
     return pipeline
 
 
@@ -87,6 +100,16 @@ CASES = {
     "number": ({"train_dataset": 3}, TypeError, "but a int was given"),
     "missing file": ({"train_dataset": "prompts.txt"}, ValueError, "'prompts.txt' does not exist"),
     "empty evaluation": ({"eval_dataset": []}, ValueError, "There are no prompts"),
+    "two of evaluation": (
+        {"eval_dataset": PROMPTS, "eval_prompts": PROMPTS},
+        ValueError,
+        "from eval_dataset or config.eval_prompts; got both",
+    ),
+    "function ends": (
+        {"train_dataset": None, "prompt_function": lambda: next(iter([]))},
+        RuntimeError,
+        "ran out of prompts",
+    ),
     "function returns text": (
         {"train_dataset": None, "prompt_function": lambda: "a cat"},
         TypeError,
@@ -105,7 +128,18 @@ CASES = {
     "list": ({"reward": lambda i, p, m: mean(i).tolist()}, TypeError, "returned a list, through which no gradient"),
     "integers": ({"reward": lambda i, p, m: mean(i).long()}, TypeError, "torch.int64, which has no gradient"),
     "two tensors": ({"reward": lambda i, p, m: (mean(i), mean(i))}, TypeError, "returned a Tensor beside its rewards"),
-    "NaN": ({"reward": lambda i, p, m: mean(i) * math.nan}, ValueError, r"is not finite: \[\[nan\]\]"),
+    "NaN": ({"reward": lambda i, p, m: mean(i) * math.nan}, ValueError, "not finite, such as 'lambda' of '.*': nan"),
+    "other inputs": (
+        {"reward": lambda i, p, m: torch.ones(len(i), requires_grad=True) * 2},
+        ValueError,
+        "'lambda' does not depend on the images",
+    ),
+    "rounded": ({"reward": lambda i, p, m: mean(i).round()}, ValueError, "exactly zero, already at the images"),
+    "scale of zero": (
+        {"pipeline": lambda: with_adapter(scale=0.0)},
+        ValueError,
+        "exactly zero, at the trained parameters: are all pixels saturated, or is the adapter's scale 0",
+    ),
     "infinite gradient": (
         {"reward": lambda i, p, m: (mean(i) - mean(i).detach()).clamp(min=0).sqrt()},
         ValueError,
@@ -114,6 +148,7 @@ CASES = {
     "not callable": ({"reward": 3}, TypeError, "A reward must be callable"),
     "unknown name": ({"reward": "hps"}, (TypeError, ValueError), "'hps'"),
     "no reward": ({"reward": []}, ValueError, "There is no reward"),
+    "zero weight": ({"reward_weights": 0}, ValueError, "are all zero"),
     "weights": ({"reward_weights": [1.0, 2.0]}, ValueError, "reward_weights has 2 entries for 1 rewards"),
     "thresholds": ({"reward_threshold": [1.0, 2.0]}, ValueError, "reward_threshold has 2 entries for 1 rewards"),
     "one threshold for two": (
@@ -130,7 +165,7 @@ CASES = {
     # the trained weights
     "no such layer": ({"peft_config": lora(target_modules=["nothing"])}, ValueError, "does not fit the transformer"),
     "dropout": ({"peft_config": lora(lora_dropout=0.1)}, ValueError, "lora_dropout=0.1 would make trained images diff"),
-    "bias": ({"peft_config": lora(bias="lora_only")}, ValueError, "bias='lora_only' .*pipelines cannot load"),
+    "bias": ({"peft_config": lora(bias="lora_only")}, ValueError, "bias='lora_only', .*pipelines cannot load"),
     "saved modules": ({"peft_config": lora(modules_to_save=["proj_out"])}, ValueError, "modules_to_save=.'proj_out'."),
     "dict": ({"peft_config": {"r": 4}}, TypeError, "peft_config must be a peft.LoraConfig, got dict"),
     "adapter on a frozen part": (
@@ -159,6 +194,18 @@ CASES = {
         ValueError,
         "no module to train called unet. Set denoisers to some of",
     ),
+    "text encoder": ({"denoisers": "text_encoder"}, ValueError, "text_encoder .CLIPTextModel. takes no LoRA adapters"),
+    "text encoder as well": (
+        {"denoisers": ["transformer", "text_encoder_2"], "full_finetuning": True},
+        RuntimeError,
+        "No gradient of the reward reaches the text_encoder_2. Leave it out",
+    ),
+    "compiled": ({"pipeline": compiled}, ValueError, "Compile it in place"),
+    "an optimizer of other weights": (
+        {"optimizers": (torch.optim.SGD(nn.Linear(1, 1).parameters()), None)},
+        ValueError,
+        "misses 34 trained parameters, such as denoisers.transformer..*Attach the adapter",
+    ),
     "a part without weights": ({"denoisers": ["scheduler"]}, ValueError, "called scheduler"),
     "no denoisers": ({"denoisers": []}, ValueError, "called transformer or unet"),
     "denoiser without effect": (
@@ -172,9 +219,25 @@ CASES = {
         "transformer .Bare. has no gradient checkpointing",
     ),
     # what Trainer refuses
-    "evaluation without prompts": ({"eval_strategy": "steps", "eval_steps": 1}, ValueError, "eval"),
+    "evaluation without prompts": (
+        {"eval_strategy": "steps", "eval_steps": 1},
+        ValueError,
+        "no prompts for the evaluations",
+    ),
+    "first evaluation without prompts": ({"eval_on_start": True}, ValueError, "no prompts for the evaluations"),
+    "metric": (
+        {"eval_dataset": PROMPTS, "eval_strategy": "steps", "metric_for_best_model": "eval_loss"},
+        ValueError,
+        r"do not report metric_for_best_model='eval_loss'. Choose one of \['reward', 'reward_std', 'runtime'\]",
+    ),
+    "metric of another reward": (
+        {"reward": [redness, mean_of], "metric_for_best_model": "rewards/blueness"},
+        ValueError,
+        "'rewards/redness', 'rewards/mean_of'",
+    ),
+    "hook": ({"image_samples_hook": "wandb"}, TypeError, "image_samples_hook must be callable, got 'wandb'"),
 }
-ARGUMENTS = {"train_dataset", "eval_dataset", "prompt_function", "peft_config"}
+ARGUMENTS = {"train_dataset", "eval_dataset", "prompt_function", "peft_config", "optimizers", "image_samples_hook"}
 
 
 def state_of(pipeline):
@@ -246,3 +309,66 @@ def test_the_dry_run_leaves_no_trace(tmp_path):
         trainer.train()
         runs.append([p.detach() for p in trainer.rollout_model.parameters() if p.requires_grad])
     assert all(torch.equal(first, second) for first, second in zip(*runs, strict=True))
+
+
+@pytest.mark.parametrize("config", [lambda: ("a cat", {}), {"max_steps": 3}, TrainingArguments("out")], ids=type)
+def test_a_config_of_another_kind_is_refused_with_the_order_of_arguments(config):
+    with pytest.raises(TypeError, match=r"config must be a LeapAlignConfig, got .*\(pipeline, reward_function, config"):
+        LeapAlignTrainer(tiny_flux(), redness, config, train_dataset=PROMPTS)
+
+
+def test_a_trainer_is_made_without_gradients_around_it(tmp_path):
+    with torch.no_grad():
+        LeapAlignTrainer(tiny_flux(), redness, make_config(tmp_path, dry_run=True), train_dataset=PROMPTS)
+
+
+def test_the_dry_run_has_the_size_of_lists_in_sample_kwargs(tmp_path):
+    lists = {"negative_prompt": ["a dog"] * 3, "true_cfg_scale": 2.0}
+    for settings in ({"sample_kwargs": lists}, {}):
+        sizes = []
+        config = make_config(tmp_path, dry_run=True, per_device_train_batch_size=3, **settings)
+        reward = lambda i, p, m: sizes.append(len(p)) or mean(i)  # noqa: B023, E731
+        LeapAlignTrainer(tiny_flux(), reward, config, train_dataset=PROMPTS)
+        assert sizes == [3 if settings else 2]
+
+
+def test_a_threshold_on_another_scale_is_warned_of(tmp_path, caplog):
+    for threshold in (-10.0, 10.0):
+        config = make_config(tmp_path, dry_run=True, reward_threshold=threshold)
+        LeapAlignTrainer(tiny_flux(), redness, config, train_dataset=PROMPTS)
+        assert ("probably not on the scale of this reward" in caplog.text) == (threshold < 0)
+        caplog.clear()
+
+
+def test_parameters_that_are_bypassed_are_warned_of(tmp_path, caplog):
+    pipeline = tiny_flux()
+    pipeline.transformer.fuse_qkv_projections()
+    LeapAlignTrainer(pipeline, redness, make_config(tmp_path, dry_run=True), train_dataset=PROMPTS)
+    assert "trained parameters of the transformer in the dry run, such as transformer_blocks.0.attn" in caplog.text
+
+
+def test_a_denoiser_that_rests_is_warned_of(caplog):
+    denoisers = {"transformer": nn.Linear(1, 1), "transformer_2": nn.Linear(1, 1)}
+    images = torch.ones(1, 3, 2, 2) * denoisers["transformer"](torch.ones(1)).sum()
+    check_gradients(images, images.mean((1, 2, 3))[None], ["mean"], denoisers, may_underflow=False)
+    assert "reaches 2 of 2 trained parameters of the transformer_2" in caplog.text
+
+
+def test_an_optimizer_of_the_adapter_trains_it(tmp_path):
+    pipeline = with_adapter()
+    trained = [p for name, p in pipeline.transformer.named_parameters() if "lora_" in name]
+    optimizer = torch.optim.SGD(trained, lr=1.0)
+    before = [p.detach().clone() for p in trained]
+    trainer = LeapAlignTrainer(
+        *(pipeline, redness, make_config(tmp_path, max_steps=1)),
+        train_dataset=PROMPTS,
+        optimizers=(optimizer, None),
+    )
+    trainer.train()
+    assert any(not torch.equal(old, new) for old, new in zip(before, trained, strict=True))
+
+
+def test_predict_points_to_evaluate(tmp_path):
+    trainer = LeapAlignTrainer(tiny_flux(), redness, make_config(tmp_path), train_dataset=PROMPTS)
+    with pytest.raises(NotImplementedError, match=r"Call evaluate\(prompts\)"):
+        trainer.predict(PROMPTS)

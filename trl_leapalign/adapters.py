@@ -146,6 +146,11 @@ def find_denoisers(pipeline: DiffusionPipeline, names: list[str] | None = None) 
     return {name: modules[name] for name in chosen}
 
 
+def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters of a module that require gradients, by name."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
 def default_lora(denoiser: nn.Module) -> LoraConfig:
     """LoRA on the linear layers inside the blocks of a denoiser but those of norms and modulations, alpha = rank.
 

@@ -23,7 +23,6 @@ class WeightAverage(TrainerCallback):
 
     def __init__(self, model: nn.Module, decay: float):
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self.decay = decay
         # Without the minimum, diffusers averages over few steps at the start and reaches 0.995 after 1,800.
         self.average = EMAModel(self.parameters, decay=decay, min_decay=decay, update_after_step=-1)
 
@@ -48,15 +47,6 @@ class WeightAverage(TrainerCallback):
         torch.save(self.average.state_dict(), Path(directory) / AVERAGE_FILE)
 
     def load(self, directory: str | Path) -> None:
-        """Read the average of a checkpoint.
-
-        Raises:
-            ValueError: if the checkpoint has none, or of another decay.
-        """
-        file = Path(directory) / AVERAGE_FILE
-        if not file.is_file():
-            raise ValueError(f"{directory} was saved without ema_decay. Resume without it, or start anew.")
-        state = torch.load(file, map_location=self.parameters[0].device, weights_only=True)
-        if state["decay"] != self.decay:
-            raise ValueError(f"{directory} was saved with ema_decay={state['decay']}, not {self.decay}.")
-        self.average.load_state_dict(state)
+        """Read the average of a checkpoint that has one of the same decay."""
+        device = self.parameters[0].device
+        self.average.load_state_dict(torch.load(Path(directory) / AVERAGE_FILE, device, weights_only=True))

@@ -15,7 +15,6 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 from accelerate.utils import gather_object
 from diffusers import DiffusionPipeline
 from peft import LoraConfig
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import SequentialSampler
 from transformers import Trainer, TrainerCallback, set_seed
@@ -23,18 +22,19 @@ from transformers.trainer_utils import HubStrategy, TrainOutput
 
 from .adapters import prepare_denoisers, restored_on_error, save_trained
 from .callbacks import WeightAverage
+from .checkpoints import last_checkpoint, load_run, save_run
+from .checks import check_evaluation, check_gradients, check_optimizer, check_thresholds, check_weights
 from .leapalign_config import LeapAlignConfig
 from .losses import reward_loss
 from .metrics import MetricBuffer, merge, summarise
 from .model_card import write_model_card
 from .pipelines import check_call_arguments, load_pipeline
 from .prompts import PromptFunction, PromptSource, PromptStream, choose_prompts, collate, load_prompts, split_row
-from .rewards import RewardFunction, RewardSet, Scores
+from .rewards import RewardFunction, RewardSet, Scores, check_finite
 from .rollout import RolloutOutput, quiet
 from .rollout_model import RolloutModel, batch_call_kwargs, solver_noise
 from .seeds import Purpose, make_generator
 
-TRAINED_FILE = "trained_parameters.safetensors"
 MOST_IDLE_UPDATES = 10
 
 ImageSamplesHook = Callable[[list[tuple], int, GeneralTracker | None], None]
@@ -85,6 +85,7 @@ class LeapAlignTrainer(Trainer):
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple = (None, None),
     ):
+        _check_kinds(config, image_samples_hook)
         config = copy.copy(config) if config is not None else LeapAlignConfig()
         set_seed(config.seed)
         self.pipeline = load_pipeline(pipeline, config.device, config.model_init_kwargs)
@@ -97,6 +98,7 @@ class LeapAlignTrainer(Trainer):
             train_dataset=train_dataset,
             train_prompts=config.train_prompts,
         )
+        check_evaluation(config, self.rewards.names, eval_dataset)
         eval_source = eval_dataset if eval_dataset is not None else config.eval_prompts
         eval_rows = load_prompts(eval_source, config.prompt_column, split="test") if eval_source is not None else None
         config.max_steps = _count_steps(config, self.prompt_source)
@@ -136,6 +138,7 @@ class LeapAlignTrainer(Trainer):
                 optimizers=optimizers,
             )
             self._refuse_sharding()
+            check_optimizer(self.optimizer, self.rollout_model)
             self.pipeline.to(config.device)
             if config.ema_decay is not None:
                 self.weight_average = WeightAverage(self.rollout_model, config.ema_decay)
@@ -215,6 +218,7 @@ class LeapAlignTrainer(Trainer):
         norms, all_finite, any_active = status[:, 0], bool(status[:, 1].min()), bool(status[:, 2].max())
         overflow = self.accelerator.scaler is not None and all_finite and not norms.isfinite().all()
         if not overflow and not (all_finite and norms.isfinite().all()):
+            check_weights(self.rollout_model)
             raise FloatingPointError(
                 f"Update {self.state.global_step + 1}: the loss or its gradient is not finite (gradient norm "
                 f"{norms.max().item()}). The weights were not changed. Last metrics: {self._metrics.last_batch()}. "
@@ -293,11 +297,16 @@ class LeapAlignTrainer(Trainer):
             TrainOutput: updates, mean loss and speed.
 
         Raises:
-            FloatingPointError: if loss or gradient are not finite; the weights are those of the update before.
+            FloatingPointError: if loss or gradient are not finite, when the weights are those of the update before, or
+                the weights themselves.
             RuntimeError: if nothing was learnt for many updates.
         """
         self._reset_metrics()
-        return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_checkpoint(self.args.output_dir)
+        output = super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+        check_weights(self.rollout_model)
+        return output
 
     def _reset_metrics(self) -> None:
         self._metrics = MetricBuffer()
@@ -325,7 +334,7 @@ class LeapAlignTrainer(Trainer):
             dict[str, float]: mean and standard deviation of the reward, each single reward, and seconds.
 
         Raises:
-            ValueError: if there are no prompts.
+            ValueError: if there are no prompts, or a reward is not finite.
         """
         source = eval_dataset if eval_dataset is not None else self.eval_dataset
         if source is None:
@@ -341,6 +350,7 @@ class LeapAlignTrainer(Trainer):
                 prompts, metadata = [prompt for prompt, _ in split], [others for _, others in split]
                 images = self._sample(prompts, indices)
                 scores = self._score(images, prompts, metadata)
+                check_finite(scores, self.rewards.names, prompts)
                 values = {"reward": scores.total, **scores.metrics}
                 columns.append({name: value.float().reshape(-1).tolist() for name, value in values.items()})
                 if self.image_samples_hook is not None:
@@ -352,6 +362,14 @@ class LeapAlignTrainer(Trainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, logs)
         self._show(batches)
         return logs
+
+    def predict(self, *arguments: Any, **options: Any) -> None:
+        """Not for images: use `evaluate`, or the pipeline itself.
+
+        Raises:
+            NotImplementedError: always.
+        """
+        raise NotImplementedError("There are no labels to predict. Call evaluate(prompts), or trainer.pipeline(...).")
 
     def _averaged(self) -> AbstractContextManager:
         return nullcontext() if self.weight_average is None else self.weight_average.applied()
@@ -372,35 +390,37 @@ class LeapAlignTrainer(Trainer):
                 "with activation_checkpointing=True needs least memory."
             )
 
+    @torch.enable_grad()
     def _dry_run(self) -> None:
         """Run one rollout and its reward, and differentiate: whatever cannot work is found out before training."""
-        count = min(2, self.args.per_device_train_batch_size)
-        batch = collate([self.train_dataset[index] for index in range(count)])
-        parameters = [parameter for parameter in self.rollout_model.parameters() if parameter.requires_grad]
+        size = self.args.per_device_train_batch_size
+        listed = any(isinstance(value, (list, Tensor)) for value in self.args.sample_kwargs.values())
+        batch = collate([self.train_dataset[index] for index in range(size if listed else min(2, size))])
         with self.accelerator.autocast():
             output = self.rollout_model(batch["prompts"], batch["indices"])
         scores = self._score(output.images, batch["prompts"], batch["metadata"])
-        if not torch.isfinite(scores.rewards).all():
-            raise ValueError(
-                f"The reward of the untrained pipeline's images is not finite: {scores.rewards.tolist()} for "
-                f"{self.rewards.names}. Check the reward, and that the pipeline's images are (black or NaN images come "
-                "from a decoder in float16)."
-            )
-        gradients = torch.autograd.grad(scores.rewards.sum(), parameters, allow_unused=True)
-        found = [gradient for gradient in gradients if gradient is not None]
-        if not found:
-            raise RuntimeError(
-                f"No gradient of the reward reaches the trained parameters of {list(self.denoisers)}. Name the "
-                "components that sample with denoisers=[...]."
-            )
-        if not all(torch.isfinite(gradient).all() for gradient in found):
-            raise ValueError("The gradient of the reward is not finite on the untrained pipeline's images.")
+        check_finite(scores, self.rewards.names, batch["prompts"])
+        check_thresholds(scores.rewards, self.rewards.names, self.rewards.thresholds)
+        may_underflow = self.accelerator.scaler is not None
+        check_gradients(output.images, scores.rewards, self.rewards.names, self.denoisers, may_underflow)
 
     # Saving
+
+    @property
+    def _run(self) -> dict[str, Any]:
+        """What decides the noise, steps and prompts of each update, and so must stay when training is resumed."""
+        return {
+            "seed": self.args.seed,
+            "data_seed": self.train_dataset.seed,
+            "samples_per_update": self.args.samples_per_update,
+            "draw_group_size": self.rollout_model.draw_group_size,
+            "ema_decay": self.args.ema_decay,
+        }
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         if not self.args.should_save:
             return
+        check_weights(self.rollout_model)
         directory = Path(output_dir or self.args.output_dir)
         directory.mkdir(parents=True, exist_ok=True)
         with self._averaged():
@@ -408,33 +428,15 @@ class LeapAlignTrainer(Trainer):
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if self.args.should_save:
-            save_file(self._trained_parameters(), Path(output_dir) / TRAINED_FILE)
+            save_run(output_dir, self.rollout_model, self._run)
             if self.weight_average is not None:
                 self.weight_average.save(output_dir)
         super()._save_optimizer_and_scheduler(output_dir)
 
-    def _trained_parameters(self) -> dict[str, Tensor]:
-        return {
-            name: parameter.detach().cpu().contiguous()
-            for name, parameter in self.rollout_model.named_parameters()
-            if parameter.requires_grad
-        }
-
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        directory = Path(resume_from_checkpoint)
-        file = directory / TRAINED_FILE
-        saved = load_file(file) if file.is_file() else {}
-        trained = {name: value for name, value in self.rollout_model.named_parameters() if value.requires_grad}
-        shapes, expected = ({(name, tuple(value.shape)) for name, value in each.items()} for each in (saved, trained))
-        if shapes != expected:
-            raise ValueError(
-                f"{directory} is not a checkpoint of this training: {len(shapes ^ expected)} parameters are not there, "
-                f"surplus or of another shape, such as {sorted(shapes ^ expected)[:2]}. Give a checkpoint-... folder, "
-                "with the same peft_config, that was not saved with save_only_model."
-            )
-        self.rollout_model.load_state_dict(saved, strict=False)
+        load_run(resume_from_checkpoint, self.rollout_model, self._run)
         if self.weight_average is not None:
-            self.weight_average.load(directory)
+            self.weight_average.load(resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
         self._load_from_checkpoint(self.state.best_model_checkpoint)
@@ -455,6 +457,16 @@ class LeapAlignTrainer(Trainer):
         """
         if self.is_world_process_zero():
             write_model_card(self, Path(self.args.output_dir), **metadata)
+
+
+def _check_kinds(config: Any, image_samples_hook: Any) -> None:
+    if config is not None and not isinstance(config, LeapAlignConfig):
+        raise TypeError(
+            f"config must be a LeapAlignConfig, got {type(config).__name__}. The order of the arguments is "
+            "(pipeline, reward_function, config, prompt_function, image_samples_hook), other than DDPOTrainer's."
+        )
+    if image_samples_hook is not None and not callable(image_samples_hook):
+        raise TypeError(f"image_samples_hook must be callable, got {image_samples_hook!r}.")
 
 
 def _count_steps(config: LeapAlignConfig, prompts: Sequence | PromptFunction) -> int:
