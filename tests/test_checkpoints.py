@@ -146,6 +146,8 @@ def test_weights_that_are_not_finite_are_never_saved_nor_left_silently(settings,
     assert not (tmp_path / "checkpoint-1").exists()
     with pytest.raises(FloatingPointError, match="weights are not finite"):
         trainer.save_model(str(tmp_path / "saved"))
+    with pytest.raises(FloatingPointError, match="weights are not finite"):
+        trainer.evaluate(PROMPTS)
     assert not (tmp_path / "saved").exists()
 
 

@@ -335,11 +335,13 @@ class LeapAlignTrainer(Trainer):
 
         Raises:
             ValueError: if there are no prompts, or a reward is not finite.
+            FloatingPointError: if the trained weights are not finite.
         """
         source = eval_dataset if eval_dataset is not None else self.eval_dataset
         if source is None:
             raise ValueError("There are no prompts to evaluate on. Pass eval_dataset, or set eval_prompts.")
         rows = load_prompts(source, self.args.prompt_column, split="test")
+        check_weights(self.rollout_model)
         start = time.perf_counter()
         batches, columns = [], []
         mine = range(self.args.process_index, len(rows), self.args.world_size)
