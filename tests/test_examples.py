@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -43,3 +44,13 @@ def test_quickstart_writes_pictures_table_and_adapter(tmp_path, arguments):
     assert results["after"]["overall"] == pytest.approx(sum(tasks.values()) / 6)
     assert f"{100 * results['after']['overall']:.1f}" in printed
     assert "gives the same images" in printed
+
+
+def test_the_programs_of_the_readme_run(tmp_path):
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    program = re.search(r"```python\n(.*?)```", text, re.DOTALL).group(1)
+    assert len([line for line in program.splitlines() if line.strip()]) <= 12
+    assert "max_steps=20" in program
+    program = program.replace("max_steps=20", "max_steps=2, report_to='none'").replace("outputs/red", str(tmp_path))
+    program += "\nassert trainer.state.global_step == 2 and pipe.transformer.peft_config"
+    run("-c", program)
