@@ -81,3 +81,4 @@ def main(directory: Path, batch_size: int, accumulation: int) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
+    PartialState().destroy_process_group()
