@@ -32,8 +32,10 @@ RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": 
 
 HALF_BOX = 7
 """Every shape lies in a box of `2 * HALF_BOX + 1` pixels around the pixel at its centre."""
-MIN_SEPARATION = 2 * HALF_BOX + 2
-"""Least Chebyshev distance between two centres: boxes never overlap."""
+MIN_SEPARATION = 20
+"""Least Chebyshev distance between two centres: boxes stay five pixels apart."""
+CENTERS = range(HALF_BOX + 1, IMAGE_SIZE - HALF_BOX, 8)
+"""Coordinates of centres: eight pixels apart, as are the tokens of the pipeline's transformer."""
 
 TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 SPLITS = ("train", "tuning", "held-out")
@@ -99,9 +101,8 @@ def render(things: tuple[Thing, ...]) -> np.ndarray:
 
 def place(content: Content, rng: random.Random) -> tuple[Thing, ...]:
     """A scene that shows `content`: centres drawn until apart and in relation, open colours drawn at random."""
-    low, high = HALF_BOX + 1, IMAGE_SIZE - HALF_BOX - 2
     while True:
-        centers = [(rng.randint(low, high), rng.randint(low, high)) for _ in content.things]
+        centers = [(rng.choice(CENTERS), rng.choice(CENTERS)) for _ in content.things]
         apart = all(
             max(abs(a[0] - b[0]), abs(a[1] - b[1])) >= MIN_SEPARATION for a, b in itertools.combinations(centers, 2)
         )
