@@ -19,6 +19,7 @@ from peft import LoraConfig
 from torch import Tensor, nn
 
 from examples.tiny import tiny_flux, tiny_sd3
+from trl_leapalign.methods import LeapAlign, Schedule
 
 TEXT_TO_IMAGE = {"flux": tiny_flux, "sd3": tiny_sd3}
 IMAGE_TO_IMAGE = {"flux": FluxImg2ImgPipeline, "sd3": StableDiffusion3Img2ImgPipeline}
@@ -44,6 +45,17 @@ def solver(name: str, config: dict[str, Any]) -> SchedulerMixin:
         "unipc": lambda: UniPCMultistepScheduler.from_config(config, **FLOW),
         "dpm": lambda: DPMSolverMultistepScheduler.from_config(config, **FLOW, **dynamic),
     }[name]()
+
+
+@dataclass(frozen=True)
+class ChosenSteps(LeapAlign):
+    """LeapAlign along given steps, without the draw: one path, or several."""
+
+    steps: tuple[int, ...] = ()
+    more_steps: tuple[tuple[int, ...], ...] = ()
+
+    def draw(self, schedule: Schedule, generator: torch.Generator | None) -> tuple[tuple[int, ...], ...]:
+        return (self.steps, *self.more_steps)
 
 
 @dataclass(frozen=True)

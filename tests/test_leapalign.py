@@ -5,9 +5,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from rollout_cases import ChosenSteps
 
 from trl_leapalign.flow import RECTIFIED, TRIGFLOW
-from trl_leapalign.methods import LeapAlign, Plan, Schedule
+from trl_leapalign.methods import LeapAlign, Schedule
 
 BATCH = (3, 2, 4)
 
@@ -197,7 +198,8 @@ def trajectory(dtype=torch.float64, seed=0):
 def follow(method, steps, latents, velocities):
     """Drive a trajectory as the sampler would; returns it and what came out at the end."""
     schedule = Schedule(TIMES, RECTIFIED)
-    following = method.follow(Plan(steps, method.gradient_discount), schedule)
+    plan = ChosenSteps(steps=steps, **vars(method)).plan(schedule, None)
+    following = method.follow(plan, schedule)
     current = latents[0]
     for step, velocity in enumerate(velocities):
         following.leave(step, current, velocity)

@@ -1,29 +1,20 @@
 """SanaSprint, which samples with SCMScheduler: TrigFlow times, and an output made of the step's second result."""
 
 import math
-from dataclasses import dataclass
 
 import pytest
 import torch
 from diffusers import AutoencoderDC, SanaSprintPipeline, SanaTransformer2DModel, SCMScheduler
-from rollout_cases import enliven, seeded
+from rollout_cases import ChosenSteps, enliven, seeded
 from torch import Tensor
 from transformers import Gemma2Config, Gemma2Model
 
 from examples.tiny import tiny_tokenizer
-from trl_leapalign.methods import LeapAlign, Plan, Schedule
+from trl_leapalign.methods import LeapAlign
 from trl_leapalign.rollout import run_rollout
 
 STEPS = {2: (1.57080, 1.3, 0.0), 4: (1.57080, 1.17810, 0.78540, 0.39270, 0.0)}
 SIGMA_DATA = 0.5
-
-
-@dataclass(frozen=True)
-class ChosenSteps(LeapAlign):
-    steps: tuple[int, ...] = ()
-
-    def plan(self, schedule: Schedule, generator: torch.Generator | None) -> Plan:
-        return Plan(self.steps, self.gradient_discount)
 
 
 def tiny_sana_sprint() -> SanaSprintPipeline:

@@ -48,14 +48,34 @@ TRIGFLOW = Interpolant(
 """TrigFlow (https://huggingface.co/papers/2410.11081), times in radians."""
 
 
+def leap_weights(from_time: float, to_time: float, interpolant: Interpolant = RECTIFIED) -> tuple[float, float]:
+    """Return the factors of latents and velocity in a one-step leap (LeapAlign, Eq. 7).
+
+    Data and noise are predicted from latents and velocity and interpolated again at `to_time`. Multiplied out, so that
+    nothing is divided by alpha or beta, which vanish at the two ends; for rectified flow the factors are 1 and
+    `to_time - from_time` (Eq. 9).
+
+    Args:
+        from_time (float): time in [0, `interpolant.noise_time`].
+        to_time (float): time in [0, `interpolant.noise_time`].
+        interpolant (Interpolant): the path of the model.
+
+    Returns:
+        tuple[float, float]: factor of the latents, factor of the velocity.
+    """
+    if interpolant is RECTIFIED:
+        return 1.0, to_time - from_time
+    alpha, beta = interpolant.alpha(from_time), interpolant.beta(from_time)
+    alpha_dot, beta_dot = interpolant.alpha_dot(from_time), interpolant.beta_dot(from_time)
+    to_alpha, to_beta = interpolant.alpha(to_time), interpolant.beta(to_time)
+    determinant = alpha * beta_dot - alpha_dot * beta
+    return (to_alpha * beta_dot - to_beta * alpha_dot) / determinant, (to_beta * alpha - to_alpha * beta) / determinant
+
+
 def leap(
     latents: Tensor, velocity: Tensor, from_time: float, to_time: float, interpolant: Interpolant = RECTIFIED
 ) -> Tensor:
-    """Predict the latents at `to_time` from those at `from_time` in one step (LeapAlign, Eq. 7).
-
-    Data and noise are predicted from `(latents, velocity)` and interpolated again at `to_time`. Multiplied out, so that
-    nothing is divided by alpha or beta, which vanish at the two ends; for rectified flow it is
-    `latents + (to_time - from_time) * velocity` (Eq. 9).
+    """Predict the latents at `to_time` from those at `from_time` in one step, with the factors of `leap_weights`.
 
     Args:
         latents (Tensor): latents at `from_time`, shape (B, ...).
@@ -68,16 +88,8 @@ def leap(
         Tensor: the predicted latents, same shape, in `promote_types(latents.dtype, float32)`.
     """
     dtype = torch.promote_types(latents.dtype, torch.float32)
-    latents, velocity = latents.to(dtype), velocity.to(dtype)
-    if interpolant is RECTIFIED:
-        return latents + (to_time - from_time) * velocity
-    alpha, beta = interpolant.alpha(from_time), interpolant.beta(from_time)
-    alpha_dot, beta_dot = interpolant.alpha_dot(from_time), interpolant.beta_dot(from_time)
-    to_alpha, to_beta = interpolant.alpha(to_time), interpolant.beta(to_time)
-    determinant = alpha * beta_dot - alpha_dot * beta
-    latents_weight = (to_alpha * beta_dot - to_beta * alpha_dot) / determinant
-    velocity_weight = (to_beta * alpha - to_alpha * beta) / determinant
-    return latents_weight * latents + velocity_weight * velocity
+    latents_weight, velocity_weight = leap_weights(from_time, to_time, interpolant)
+    return latents_weight * latents.to(dtype) + velocity_weight * velocity.to(dtype)
 
 
 class _Connect(torch.autograd.Function):

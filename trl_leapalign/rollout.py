@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline, SchedulerMixin
+from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from .flow import RECTIFIED, TRIGFLOW, connect, scale_gradient
@@ -97,7 +98,7 @@ def run_rollout(
     first_index = 0
     tried = {first_index}
     while True:
-        recorder = _Recorder(method, method_generator, first_index)
+        recorder = _Recorder(method, method_generator, call_kwargs.get("generator"), first_index)
         try:
             with _instrumented(pipeline, recorder), torch.no_grad():
                 output = _without_no_grad(type(pipeline).__call__)(pipeline, **call_kwargs)
@@ -158,11 +159,17 @@ class _Stream:
     plan: Plan
     trajectory: Trajectory
     num_taken: int = 0
-    entered_with_graph: bool = False
+    entered: Tensor | None = None  # the latents that the next step was given, if they carry a graph
+    clean: Tensor | None = None  # the sampler's result, while copies are taken
+    last_output: Any = None  # of the scheduler
+
+    @property
+    def num_to_take(self) -> int:
+        return self.schedule.num_steps if self.plan.stop is None else self.plan.stop + 1
 
     @property
     def running(self) -> bool:
-        return 0 < self.num_taken < self.schedule.num_steps
+        return 0 < self.num_taken < self.num_to_take
 
     @property
     def scale(self) -> float:
@@ -172,9 +179,10 @@ class _Stream:
         return step in self.plan.active_steps
 
     def enter(self, latents: Tensor) -> Tensor:
-        entered = self.trajectory.enter(self.num_taken, latents)
-        self.entered_with_graph = entered.requires_grad
-        if self.is_active(self.num_taken) and entered.requires_grad:
+        step = self.num_taken if self.num_taken < self.num_to_take else self.schedule.num_steps
+        entered = self.trajectory.enter(step, latents)
+        self.entered = entered if entered.requires_grad else None
+        if self.is_active(step) and entered.requires_grad:
             if self.scale == _ZERO_SCALE and latents.dtype == torch.float16:
                 raise ValueError(
                     "A gradient discount of 0 cannot be represented in float16. Load the pipeline in bfloat16 or "
@@ -184,23 +192,65 @@ class _Stream:
         # Never the scheduler's own tensor: some pipelines write into their latents.
         return entered.clone()
 
-    def leave(self, latents: Tensor, velocity: Tensor) -> None:
-        if self.is_active(self.num_taken) and latents.requires_grad:
-            latents = scale_gradient(latents, 1.0 / self.scale)
-        elif self.is_active(self.num_taken) and self.entered_with_graph:
+    def restored(self, latents: Tensor) -> Tensor:
+        """The latents that a step was given, with the graph that they had before they went into the denoiser."""
+        active = self.is_active(self.num_taken)
+        if active and latents.requires_grad:
+            return scale_gradient(latents, 1.0 / self.scale)
+        if active and self.entered is not None:
             raise RuntimeError(
                 f"Something detached the latents before step {self.num_taken}, so no gradient would flow through the "
                 "steps before it. Leave out what replaces them between the steps, such as callback_on_step_end."
             )
+        if self.plan.through_solver and self.entered is not None and not latents.requires_grad:
+            return connect(latents, self.entered)
+        return latents
+
+    def leave(self, latents: Tensor, velocity: Tensor) -> None:
         self.trajectory.leave(self.num_taken, latents, -velocity if self.inverted else velocity)
+        self.num_taken += 1
+
+    def with_noise(self, noise: Tensor) -> Tensor:
+        """The clean latents at the time of the last step."""
+        time, interpolant = self.schedule.times[-2], self.schedule.interpolant
+        return interpolant.alpha(time) * self.clean.detach() + interpolant.beta(time) * noise
+
+
+class _Timesteps(Tensor):
+    """Timesteps that a loop goes through as far as a stream needs, and beyond for its copies."""
+
+    @staticmethod
+    def of(timesteps: Tensor, stream: Callable[[], _Stream]) -> "_Timesteps":
+        tracked = timesteps.as_subclass(_Timesteps)
+        tracked.stream = stream
+        return tracked
+
+    def __iter__(self) -> Iterator[Tensor]:
+        timestep = None
+        for timestep in self.as_subclass(Tensor).unbind():
+            if self.stream().num_taken >= self.stream().num_to_take:
+                return
+            yield timestep
+        while timestep is not None and self.stream().num_taken < self.stream().num_to_take:
+            yield timestep
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        """Parts of it, and copies on a device, are such timesteps too; all else that is computed is a plain tensor."""
+        with torch._C.DisableTorchFunctionSubclass():
+            result = function(*args, **(kwargs or {}))
+        part = function is Tensor.__getitem__ and isinstance(args[1], slice)
+        return cls.of(result, args[0].stream) if part or function is Tensor.to else result
 
 
 class _Recorder:
     """Stands between a pipeline and its schedulers for the time of one rollout."""
 
-    def __init__(self, method: Method, generator: torch.Generator, first_index: int):
+    def __init__(self, method: Method, generator: torch.Generator, noise: Any, first_index: int):
         self.method = method
         self.generator = generator
+        self.noise = noise
+        self.copy_generators: torch.Generator | list[torch.Generator] | None = None
         self.state = generator.get_state()
         self.first_index = first_index
         self.streams: dict[int, _Stream] = {}  # the latest of each scheduler, by id
@@ -243,6 +293,8 @@ class _Recorder:
     def release(self) -> None:
         for scheduler, original in self.schedulers.values():
             scheduler.__class__ = original
+            for name, value in vars(scheduler).items():
+                setattr(scheduler, name, _plain(value))
 
     def start(self, scheduler: SchedulerMixin, first_index: int) -> None:
         """Begin a stream when its steps are known, and switch the mode for its first one."""
@@ -254,7 +306,12 @@ class _Recorder:
         self.state = self.generator.get_state()
         schedule, inverted = _read_schedule(scheduler, first_index)
         plan = self.method.plan(schedule, self.generator)
+        if plan.copies:
+            *times, end = schedule.times
+            schedule = Schedule((*times, *times[-1:] * plan.copies, end), schedule.interpolant)
         self.streams[id(scheduler)] = _Stream(first_index, inverted, schedule, plan, self.method.follow(plan, schedule))
+        if plan.stop is not None or plan.copies:
+            scheduler.timesteps = _Timesteps.of(scheduler.timesteps, lambda: self.streams[id(scheduler)])
         self.switch_gradients()
 
     def step(self, scheduler: SchedulerMixin, original: Callable, bound: inspect.BoundArguments) -> Any:
@@ -262,19 +319,47 @@ class _Recorder:
         if id(scheduler) not in self.streams:
             self.start(scheduler, self.first_index)
         stream = self.streams[id(scheduler)]
-        velocity, latents = bound.arguments["model_output"], bound.arguments["sample"]
-        bound.arguments.update(model_output=velocity.detach(), sample=latents.detach())
-        with torch.no_grad():
-            output = original(*bound.args, **bound.kwargs)
-        index = getattr(scheduler, "step_index", None)
-        if index is not None and stream.num_taken == 0 and index - 1 != stream.first_index:
-            raise _StartsLater(index - 1)
+        with torch.enable_grad():
+            velocity, latents = bound.arguments["model_output"], stream.restored(bound.arguments["sample"])
+        bound.arguments.update(model_output=velocity, sample=latents)
+        if stream.clean is not None:
+            output = stream.last_output
+        else:
+            output = stream.last_output = self._solve(stream, original, bound)
+            index = getattr(scheduler, "step_index", None)
+            if index is not None and stream.num_taken == 0 and index - 1 != stream.first_index:
+                raise _StartsLater(index - 1)
         with torch.enable_grad():
             stream.leave(latents, velocity)
-            stream.num_taken += 1
-            output = _with_latents(output, stream.enter, at_end=stream.num_taken == stream.schedule.num_steps)
+            output = _with_latents(output, lambda value: self._next(stream, value), at_end=not stream.running)
         self.switch_gradients()
         return output
+
+    def _solve(self, stream: _Stream, original: Callable, bound: inspect.BoundArguments) -> Any:
+        """The scheduler's own step."""
+        if stream.plan.through_solver:
+            with torch.enable_grad():
+                return original(*bound.args, **bound.kwargs)
+        live = {name: bound.arguments[name].detach() for name in ("model_output", "sample")}
+        bound.arguments.update(live)
+        with torch.no_grad():
+            return original(*bound.args, **bound.kwargs)
+
+    def _next(self, stream: _Stream, latents: Tensor) -> Tensor:
+        """What goes into the next step: the solver's result, new noise on it for a copy, or itself after the copies."""
+        if stream.plan.copies and stream.num_taken == stream.schedule.num_steps - stream.plan.copies:
+            stream.clean = latents
+        if stream.clean is not None:
+            latents = stream.with_noise(self._draw(stream.clean)) if stream.running else stream.clean
+        return stream.enter(latents)
+
+    def _draw(self, latents: Tensor) -> Tensor:
+        """Noise like the latents, from copies of the generators of the call: it leaves them as a plain call does."""
+        if self.copy_generators is None:
+            given = self.generator if self.noise is None else self.noise
+            copies = [_copy(generator) for generator in (given if isinstance(given, (list, tuple)) else [given])]
+            self.copy_generators = copies if len(copies) > 1 else copies[0]
+        return randn_tensor(latents.shape, self.copy_generators, latents.device, latents.dtype)
 
     def switch_gradients(self) -> None:
         """Turn gradients on for an active step, and for good once no stream is in the middle of its steps."""
@@ -294,9 +379,9 @@ class _Recorder:
         if not streams:
             raise ValueError(f"{name} never called scheduler.step(), so there is no step to differentiate.")
         for stream in streams:
-            if stream.num_taken < stream.schedule.num_steps:
+            if stream.num_taken != stream.num_to_take:
                 raise ValueError(
-                    f"{name} stopped after {stream.num_taken} of {stream.schedule.num_steps} steps. Leave out the "
+                    f"{name} stopped after {stream.num_taken} of {stream.num_to_take} steps. Leave out the "
                     "arguments that end the sampling early."
                 )
         if not isinstance(images, Tensor):
@@ -360,6 +445,21 @@ def _attribute(instance: Any, name: str, value: Any) -> Iterator[None]:
             del attributes[name]
         else:
             attributes[name] = previous
+
+
+def _plain(value: Any) -> Any:
+    """An attribute of a scheduler without what a rollout left in it."""
+    if isinstance(value, _Timesteps):
+        return value.as_subclass(Tensor)
+    if isinstance(value, list):
+        return [_plain(each) for each in value]
+    return value.detach() if isinstance(value, Tensor) and value.requires_grad else value
+
+
+def _copy(generator: torch.Generator) -> torch.Generator:
+    copied = torch.Generator(generator.device)
+    copied.set_state(generator.get_state())
+    return copied
 
 
 def _read_schedule(scheduler: SchedulerMixin, first_index: int) -> tuple[Schedule, bool]:

@@ -26,7 +26,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast,
 from examples.shapes import world
 from examples.shapes.muon import Muon
 
-TAG_WEIGHTS = {"single_object": 1, "two_object": 2, "counting": 2, "colors": 1.5, "position": 2, "color_attr": 2.5}
+TAG_WEIGHTS = {"single_object": 1, "two_object": 2.5, "counting": 2, "colors": 1, "position": 4, "color_attr": 4}
 WRONG_SCENES = {
     "single_object": 0.02,
     "two_object": 0.3,
@@ -56,6 +56,7 @@ class Settings:
     flow_steps: int
     flow_batch: int
     flow_lr: float
+    compile: bool
     save_seconds: float = 120.0
 
 
@@ -271,6 +272,7 @@ def train_flow(
         checkpoint (`Path`): where the stage is kept.
     """
     vae, transformer = pipeline.vae, pipeline.transformer
+    velocity_of = torch.compile(transformer) if settings.compile else transformer
     shift, scale = vae.config.shift_factor, vae.config.scaling_factor
     latents = (encoded(vae, images) - shift) * scale
     tokens = pipeline.tokenizer(prompts, padding="max_length", return_tensors="pt").input_ids
@@ -285,7 +287,7 @@ def train_flow(
         noise = torch.randn(clean.shape, generator=generator)
         sigma = training_sigmas(len(clean), generator)
         noisy = torch.lerp(clean, noise, sigma[:, None, None])
-        velocity = transformer(
+        velocity = velocity_of(
             hidden_states=noisy,
             timestep=sigma,
             pooled_projections=pipeline.text_encoder(tokens[chosen]).pooler_output,
@@ -306,6 +308,8 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "model", help="folder of the pipeline")
     parser.add_argument("--checkpoint", type=Path, default=Path(tempfile.gettempdir()) / "shapes_pretrain")
+    parser.add_argument("--start", type=Path, help="pipeline to go on from, its VAE kept; by default an untrained one")
+    parser.add_argument("--compile", action="store_true", help="twice as fast; needs a C++ compiler")
     parser.add_argument("--pool", type=int, default=40_000, help="number of captioned scenes")
     parser.add_argument("--vae-steps", type=int, default=1200)
     parser.add_argument("--vae-batch", type=int, default=32)
@@ -321,13 +325,14 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     """Trains the VAE, its decoder, then the flow, and saves the pipeline."""
     arguments = vars(parse_arguments())
-    output, checkpoint, seed = (arguments.pop(name) for name in ("output", "checkpoint", "seed"))
+    output, checkpoint, seed, start = (arguments.pop(name) for name in ("output", "checkpoint", "seed", "start"))
     settings = Settings(**arguments)
     torch.manual_seed(seed)
-    pipeline = build_pipeline()
+    pipeline = FluxPipeline.from_pretrained(start) if start else build_pipeline()
     prompts, images = captioned_scenes(settings.pool, seed)
-    train_vae(pipeline.vae.train(), images, settings, checkpoint)
-    train_decoder(pipeline.vae, images, settings, checkpoint)
+    if start is None:
+        train_vae(pipeline.vae.train(), images, settings, checkpoint)
+        train_decoder(pipeline.vae, images, settings, checkpoint)
     pipeline.vae.eval()
     train_flow(pipeline, prompts, images, settings, checkpoint)
     for module in (pipeline.transformer, pipeline.text_encoder, pipeline.text_encoder_2):

@@ -44,10 +44,17 @@ class Plan:
         active_steps (tuple[int, ...]): steps whose denoiser call runs with gradients, ascending, 0 = first (noisiest).
         input_gradient_scale (float): factor of the gradient that flows back through the denoiser's input at the
             active steps; the residual path of the latents keeps its whole gradient.
+        stop (int | None): the last step that is taken; None is the last of the schedule.
+        through_solver (bool): whether the solver's own step is differentiated: it runs on live values, and `enter` is
+            given latents that carry its graph.
+        copies (int): how often the last step is repeated for new noise on the clean latents.
     """
 
     active_steps: tuple[int, ...]
     input_gradient_scale: float = 1.0
+    stop: int | None = None
+    through_solver: bool = False
+    copies: int = 0
 
 
 @dataclass(frozen=True)
@@ -55,7 +62,8 @@ class Outcome:
     """What a trajectory has to say when it is over.
 
     Args:
-        weights (Tensor): loss weight of each sample, shape (B,), detached.
+        weights (Tensor): loss weight of each sample, shape (B,), detached; of each image if there are copies,
+            copy-major.
         metrics (dict[str, Tensor]): values to log, shape (B,), detached.
     """
 
@@ -64,17 +72,21 @@ class Outcome:
 
 
 class Trajectory(ABC):
-    """Follows one stream of latents through one rollout. Step `num_steps` stands for the end of the sampling."""
+    """Follows one stream of latents through one rollout. Step `num_steps` stands for the end of the sampling.
+
+    Copies count as further steps at the time of the last one: with n copies of T steps, the schedule has T + n.
+    """
 
     @abstractmethod
     def enter(self, step: int, latents: Tensor) -> Tensor:
         """Decide what graph the latents carry into a step.
 
-        Called for every step but the first, and once more with `step == num_steps` for the clean latents.
+        Called for every step that is taken but the first, and once more with `step == num_steps` for the end.
 
         Args:
             step (int): the step that the latents go into.
-            latents (Tensor): the sampler's own latents, detached, shape (B, ...).
+            latents (Tensor): the sampler's own latents, shape (B, ...), detached unless the plan goes through the
+                solver; of a copy, the clean latents with new noise; at the end after copies, the clean latents.
 
         Returns:
             Tensor: what the pipeline goes on with. Its values are those of `latents` unless the method rewards

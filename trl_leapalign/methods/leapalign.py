@@ -1,14 +1,16 @@
 """LeapAlign (https://huggingface.co/papers/2604.15311): back-propagation through a trajectory of a few leaps."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from ..flow import connect, leap
+from ..flow import leap_weights
 from ..ranges import Range, check_bool
-from .base import Method, Outcome, Plan, Schedule, Trajectory
+from .base import Method, Schedule
+from .surrogate import Segment, Support, SurrogatePlan, SurrogateTrajectory, floored_similarity
 
 STEP_CHOICES = ("random", "fixed_distance")
 REWARD_INPUTS = ("sample", "leap")
@@ -41,6 +43,8 @@ class LeapAlign(Method):
             "none" (w = 1).
         nested_gradient_only (bool): drop the single-step terms of all drawn steps but the last, which then learn only
             through the denoiser's input at the next one (supplement, A3).
+        pairs_per_rollout (int): P paths, each with steps of its own, that share the rollout, its decoding and the
+            reward. The end carries the gradient of their mean, weighted by w, and the loss weight is the mean of w.
 
     Raises:
         ValueError: if a setting is out of its range, or two contradict each other.
@@ -54,6 +58,7 @@ class LeapAlign(Method):
     reward_input: str = "sample"
     similarity: str = "all"
     nested_gradient_only: bool = False
+    pairs_per_rollout: int = 1
 
     def __post_init__(self):
         for name, choices in (
@@ -66,6 +71,7 @@ class LeapAlign(Method):
         Range(0, 1).check("LeapAlign: gradient_discount", self.gradient_discount)
         Range(0, excluded=True).check("LeapAlign: similarity_floor", self.similarity_floor)
         Range(1, whole=True).check("LeapAlign: num_leaps", self.num_leaps)
+        Range(1, whole=True).check("LeapAlign: pairs_per_rollout", self.pairs_per_rollout)
         check_bool("LeapAlign: nested_gradient_only", self.nested_gradient_only)
         bounds = tuple(self.step_range) if isinstance(self.step_range, (tuple, list)) else ()
         if len(bounds) != 2 or any(bound not in Range(0, 1) for bound in bounds) or bounds[0] >= bounds[1]:
@@ -74,10 +80,10 @@ class LeapAlign(Method):
                 "1 = noise."
             )
         object.__setattr__(self, "step_range", bounds)
-        if self.step_choice == "fixed_distance" and self.num_leaps != 2:
+        if self.step_choice == "fixed_distance" and (self.num_leaps, self.pairs_per_rollout) != (2, 1):
             raise ValueError(
-                f"LeapAlign: step_choice='fixed_distance' draws a pair, but num_leaps={self.num_leaps}. Set "
-                "num_leaps=2."
+                f"LeapAlign: step_choice='fixed_distance' draws a pair, but num_leaps={self.num_leaps} and "
+                f"pairs_per_rollout={self.pairs_per_rollout}. Set num_leaps=2 and pairs_per_rollout=1."
             )
         if self.num_leaps == 1 and (self.similarity == "joints" or self.nested_gradient_only):
             raise ValueError(
@@ -90,27 +96,32 @@ class LeapAlign(Method):
                 "gradient. Set gradient_discount above 0."
             )
 
-    def plan(self, schedule: Schedule, generator: torch.Generator | None) -> Plan:
+    def draw(self, schedule: Schedule, generator: torch.Generator | None) -> tuple[tuple[int, ...], ...]:
+        """Draw the steps of each path, ascending.
+
+        Raises:
+            ValueError: if the schedule has too few steps in the step range.
+        """
         noise_time = schedule.interpolant.noise_time
         low, high = (bound * noise_time for bound in self.step_range)
         # TrigFlow schedules begin a rounding error above pure noise.
         candidates = [step for step in schedule.levels if low <= min(schedule.times[step], noise_time) <= high]
-        if len(candidates) < self.num_leaps:
+        count = self.num_leaps * self.pairs_per_rollout
+        if len(candidates) < count:
             raise ValueError(
-                f"LeapAlign draws {self.num_leaps} different steps (num_leaps), but only {len(candidates)} of the "
-                f"{schedule.num_steps} sampling steps have their time in step_range={self.step_range}. Use more "
-                "sampling steps, a wider step_range or fewer leaps."
+                f"LeapAlign draws {count} different steps (num_leaps * pairs_per_rollout), but only {len(candidates)} "
+                f"of the {schedule.num_steps} sampling steps have their time in step_range={self.step_range}. Use more "
+                "sampling steps, a wider step_range, fewer leaps or fewer pairs."
             )
         if self.step_choice == "fixed_distance":
-            steps = self._draw_fixed_distance(candidates, schedule, low, high, generator)
-        else:
-            order = torch.randperm(len(candidates), generator=generator)[: self.num_leaps]
-            steps = sorted(candidates[index] for index in order.tolist())
-        return Plan(active_steps=tuple(steps), input_gradient_scale=self.gradient_discount)
+            return (self._draw_fixed_distance(candidates, schedule, low, high, generator),)
+        order = torch.randperm(len(candidates), generator=generator)[:count].tolist()
+        drawn = [candidates[index] for index in order]
+        return tuple(tuple(sorted(drawn[n :: self.pairs_per_rollout])) for n in range(self.pairs_per_rollout))
 
     def _draw_fixed_distance(
         self, candidates: list[int], schedule: Schedule, low: float, high: float, generator: torch.Generator | None
-    ) -> list[int]:
+    ) -> tuple[int, ...]:
         times, distance = schedule.times, (high - low) / 2
         firsts = [step for step in candidates[:-1] if times[step] - distance >= max(low, times[-1])]
         if not firsts:
@@ -120,47 +131,35 @@ class LeapAlign(Method):
             )
         first = firsts[torch.randint(len(firsts), (), generator=generator).item()]
         later = [step for step in candidates if step > first]
-        return [first, min(later, key=lambda step: abs(times[step] - (times[first] - distance)))]
+        return first, min(later, key=lambda step: abs(times[step] - (times[first] - distance)))
 
-    def follow(self, plan: Plan, schedule: Schedule) -> "LeapTrajectory":
-        return LeapTrajectory(self, plan, schedule)
+    def plan(self, schedule: Schedule, generator: torch.Generator | None) -> SurrogatePlan:
+        drawn = self.draw(schedule, generator)
+        return SurrogatePlan(
+            active_steps=tuple(sorted(step for steps in drawn for step in steps)),
+            input_gradient_scale=self.gradient_discount,
+            paths=tuple(_leaps(steps, schedule) for steps in drawn),
+        )
+
+    def follow(self, plan: SurrogatePlan, schedule: Schedule) -> SurrogateTrajectory:
+        return SurrogateTrajectory(
+            plan,
+            schedule,
+            self._weigh,
+            joined=not self.nested_gradient_only,
+            rewards_prediction=self.reward_input == "leap",
+        )
+
+    def _weigh(self, distances: Sequence[Tensor]) -> Tensor:
+        *joints, end = distances
+        counted = {"all": distances, "joints": joints, "end": [end], "none": []}[self.similarity]
+        return floored_similarity(counted, self.similarity_floor) if counted else torch.ones_like(end)
 
 
-class LeapTrajectory(Trajectory):
-    """Chains the leaps: each starts at an active step and lands on the next one, the last on the end."""
-
-    def __init__(self, method: LeapAlign, plan: Plan, schedule: Schedule):
-        self.method = method
-        self.schedule = schedule
-        stops = (*plan.active_steps, schedule.num_steps)
-        self.landing = dict(pairwise(stops))
-        self.first_step = stops[0]
-        self.prediction: Tensor | None = None  # x_hat of the next landing, with the graph
-        self.distances: list[Tensor] = []  # (B,) each, joints first, the end last
-
-    def enter(self, step: int, latents: Tensor) -> Tensor:
-        if self.prediction is None or step not in self.landing.values():
-            return latents
-        error = (latents.to(self.prediction.dtype) - self.prediction.detach()).abs()
-        self.distances.append(error.flatten(1).mean(1))
-        if step == self.schedule.num_steps and self.method.reward_input == "leap":
-            return self.prediction.to(latents.dtype)
-        return connect(latents, self.prediction)
-
-    def leave(self, step: int, latents: Tensor, velocity: Tensor) -> None:
-        if step not in self.landing:
-            return
-        if step == self.first_step or self.method.nested_gradient_only:
-            latents = latents.detach()
-        times = self.schedule.times
-        self.prediction = leap(latents, velocity, times[step], times[self.landing[step]], self.schedule.interpolant)
-
-    def outcome(self) -> Outcome:
-        *joints, end = self.distances
-        counted = {"all": self.distances, "joints": joints, "end": [end], "none": []}[self.method.similarity]
-        floored = [distance.clamp(min=self.method.similarity_floor) for distance in counted]
-        weights = 1.0 / torch.stack(floored).sum(0) if floored else torch.ones_like(end)
-        metrics = {"d_0": end, "weight": weights}
-        if joints:
-            metrics["d_j"] = torch.stack(joints).mean(0)
-        return Outcome(weights=weights, metrics=metrics)
+def _leaps(steps: tuple[int, ...], schedule: Schedule) -> tuple[Segment, ...]:
+    """Leaps from each step to the next one, the last to the end."""
+    segments = []
+    for start, end in pairwise((*steps, schedule.num_steps)):
+        weights = leap_weights(schedule.times[start], schedule.times[end], schedule.interpolant)
+        segments.append(Segment(start, end, (Support(start, weights[1]),), latents_weight=weights[0]))
+    return tuple(segments)
