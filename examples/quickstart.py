@@ -81,6 +81,7 @@ def training_config(arguments: argparse.Namespace) -> LeapAlignConfig:
         learning_rate=arguments.learning_rate,
         adam_beta2=0.95,
         max_grad_norm=0.1,  # now and then one picture's gradient is fifty times the others'
+        ema_decay=0.97,
         sample_num_steps=kwargs.pop("num_inference_steps"),
         sample_height=kwargs.pop("height"),
         sample_width=kwargs.pop("width"),
@@ -208,8 +209,8 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output_dir", default="outputs/quickstart", help="where pictures and adapter go")
     parser.add_argument("--seed", type=int, default=0, help="of the training run")
-    parser.add_argument("--max_steps", type=int, default=120, help="updates of 24 images")
-    parser.add_argument("--learning_rate", type=float, default=5e-4, help="of the LoRA adapter")
+    parser.add_argument("--max_steps", type=int, default=240, help="updates of 24 images")
+    parser.add_argument("--learning_rate", type=float, default=1e-3, help="of the LoRA adapter")
     parser.add_argument("--num_images", type=int, default=1000, help="pictures of an evaluation")
     return parser.parse_args()
 

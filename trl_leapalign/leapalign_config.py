@@ -40,6 +40,7 @@ NUMBERS = {
     "data_seed": Range(0, whole=True),
     "sample_guidance_scale": Range(),
     "ema_decay": Range(0, 1, excluded=True),
+    "base_penalty": Range(0, excluded=True),
 }
 """Where each numeric setting lies, unless it is None by default and left so."""
 METRIC_SCHEDULERS = ("reduce_lr_on_plateau", "greedy")
@@ -98,6 +99,10 @@ class LeapAlignConfig(TrainingArguments):
             Samples that share one choice of steps. None is all samples of an update, as in the paper; else a multiple
             of `per_device_train_batch_size` that divides the samples of an update.
 
+        base_penalty (`float`, *optional*):
+            Factor of the squared distance between the denoiser's output and the base model's, at the steps that run
+            with gradients: it keeps the model close to its base. Each of these steps costs one more call of the
+            denoiser without gradient. For LoRA only. None leaves it out.
         ema_decay (`float`, *optional*):
             Decay of a moving average of the trained weights, which is then what is evaluated, saved and left in the
             pipeline. The paper uses 0.995. None keeps the weights as they are.
@@ -192,6 +197,12 @@ class LeapAlignConfig(TrainingArguments):
         },
     )
 
+    base_penalty: float | None = field(
+        default=None,
+        metadata={
+            "help": "Factor of the squared distance between the denoiser's output and the base model's. For LoRA only."
+        },
+    )
     ema_decay: float | None = field(
         default=None,
         metadata={
@@ -358,6 +369,11 @@ class LeapAlignConfig(TrainingArguments):
         for name in ("split_batches", "dispatch_batches"):
             if getattr(self.accelerator_config, name):
                 raise ValueError(f"accelerator_config.{name} is not supported: prompts are not tensors. Leave it out.")
+        if self.base_penalty is not None and self.full_finetuning:
+            raise ValueError(
+                f"base_penalty={self.base_penalty} compares with the model without its adapter, but full_finetuning "
+                "changes the base itself. Set base_penalty=None, or train a LoRA."
+            )
         if self.fp16 and self.device.type == "cpu":
             raise ValueError("fp16=True needs a GPU: the CPU has no float16 training. Set bf16=True, or neither.")
         if self.save_strategy == "best" and self.eval_strategy == "no":

@@ -121,6 +121,7 @@ class LeapAlignTrainer(Trainer):
                 config.call_kwargs(),
                 seed=config.seed,
                 draw_group_size=config.draw_group_size or config.samples_per_update,
+                base_penalty=config.base_penalty is not None,
             )
             super().__init__(
                 model=self.rollout_model,
@@ -176,14 +177,15 @@ class LeapAlignTrainer(Trainer):
             Tensor | tuple[Tensor, RolloutOutput]: scalar loss.
         """
         output = model(inputs["prompts"], inputs["indices"])
-        scores = self._score(output.images, inputs["prompts"], inputs["metadata"])
+        prompts, metadata = _for_copies(output.images, inputs["prompts"], inputs["metadata"])
+        scores = self._score(output.images, prompts, metadata)
         loss = reward_loss(
             scores.rewards, output.weights.to(scores.rewards.dtype), self.rewards.weights, self.rewards.thresholds
         )
+        if output.penalty is not None:
+            loss = loss + self.args.base_penalty * output.penalty.mean()
         self._record(output, scores, loss)
-        self._last_samples = (
-            output.images.detach(), inputs["prompts"], inputs["metadata"], scores.total, scores.details
-        )  # fmt: skip
+        self._last_samples = (output.images.detach(), prompts, metadata, scores.total, scores.details)
         return (loss, output) if return_outputs else loss
 
     def _score(self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Scores:
@@ -201,6 +203,7 @@ class LeapAlignTrainer(Trainer):
                 **scores.metrics,
                 **output.metrics,
                 **{name: step.to(images.device) for name, step in steps.items()},
+                **({} if output.penalty is None else {"base_distance": output.penalty.detach()}),
                 "saturated": saturated,
                 "below_threshold": _below_threshold(scores.rewards, self.rewards.thresholds),
                 "finite": torch.isfinite(loss),
@@ -400,8 +403,9 @@ class LeapAlignTrainer(Trainer):
         batch = collate([self.train_dataset[index] for index in range(size if listed else min(2, size))])
         with self.accelerator.autocast():
             output = self.rollout_model(batch["prompts"], batch["indices"])
-        scores = self._score(output.images, batch["prompts"], batch["metadata"])
-        check_finite(scores, self.rewards.names, batch["prompts"])
+        prompts, metadata = _for_copies(output.images, batch["prompts"], batch["metadata"])
+        scores = self._score(output.images, prompts, metadata)
+        check_finite(scores, self.rewards.names, prompts)
         check_thresholds(scores.rewards, self.rewards.names, self.rewards.thresholds)
         may_underflow = self.accelerator.scaler is not None
         check_gradients(output.images, scores.rewards, self.rewards.names, self.denoisers, may_underflow)
@@ -477,6 +481,12 @@ def _count_steps(config: LeapAlignConfig, prompts: Sequence | PromptFunction) ->
     if callable(prompts):
         raise ValueError("A prompt_function has no end, so num_train_epochs means nothing. Set max_steps.")
     return math.ceil(config.num_train_epochs * len(prompts) / config.samples_per_update)
+
+
+def _for_copies(images: Tensor, prompts: list[str], metadata: list[dict]) -> tuple[list[str], list[dict]]:
+    """Prompts and metadata of each image; a method's copies come after the samples, in their order."""
+    copies = len(images) // len(prompts)
+    return prompts * copies, metadata * copies
 
 
 def _below_threshold(rewards: Tensor, thresholds: Sequence[float | None]) -> Tensor:

@@ -44,12 +44,17 @@ class RolloutOutput:
         weights (Tensor): loss weight of each sample, shape (B,), detached.
         active_steps (tuple[int, ...]): steps that ran with gradients, in sampling order, 0 = first (noisiest).
         metrics (dict[str, Tensor]): what the method reports, shape (B,) each, detached.
+        penalty (Tensor | None): distance of each sample to the base model, shape (B,), with graph, where it is
+            measured.
+
+    With a method that adds copies, images and weights are (n + 1) * B, copy-major.
     """
 
     images: Tensor
     weights: Tensor
     active_steps: tuple[int, ...]
     metrics: dict[str, Tensor]
+    penalty: Tensor | None = None
 
 
 def run_rollout(

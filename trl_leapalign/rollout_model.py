@@ -2,12 +2,14 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
+from .base_penalty import distances_to_base
 from .methods import Method
 from .rollout import RolloutOutput, run_rollout
 from .seeds import Purpose, derive_seed, make_generator
@@ -23,6 +25,7 @@ class RolloutModel(nn.Module):
         call_kwargs (dict[str, Any]): arguments of the pipeline's call that are the same for every batch.
         seed (int): of noise and step choices.
         draw_group_size (int): consecutive samples that share one choice of steps.
+        base_penalty (bool): whether to measure the distance to the base model, whose adapters are off.
     """
 
     accepts_loss_kwargs = False
@@ -35,6 +38,7 @@ class RolloutModel(nn.Module):
         call_kwargs: dict[str, Any],
         seed: int,
         draw_group_size: int,
+        base_penalty: bool = False,
     ):
         super().__init__()
         self.denoisers = nn.ModuleDict(denoisers)
@@ -43,6 +47,7 @@ class RolloutModel(nn.Module):
         self.call_kwargs = call_kwargs
         self.seed = seed
         self.draw_group_size = draw_group_size
+        self.base_penalty = base_penalty
         self.eval()
 
     def train(self, mode: bool = True) -> "RolloutModel":
@@ -57,10 +62,14 @@ class RolloutModel(nn.Module):
             indices (list[int]): number of each sample in the run, which its noise follows from.
 
         Returns:
-            RolloutOutput: images with graph, weights, active steps and metrics.
+            RolloutOutput: images with graph, weights, active steps and metrics, with `base_penalty` the distance.
         """
-        with solver_noise(self.seed, Purpose.NOISE, indices[0]):
-            return run_rollout(
+        compared = self.denoisers.values() if self.base_penalty else ()
+        with (
+            solver_noise(self.seed, Purpose.NOISE, indices[0]),
+            distances_to_base(compared, len(prompts)) as distances,
+        ):
+            output = run_rollout(
                 self.pipeline,
                 self.method,
                 method_generator=make_generator(self.seed, Purpose.STEPS, indices[0] // self.draw_group_size),
@@ -68,6 +77,7 @@ class RolloutModel(nn.Module):
                 generator=[make_generator(self.seed, Purpose.NOISE, index) for index in indices],
                 **batch_call_kwargs(self.call_kwargs, len(prompts)),
             )
+        return replace(output, penalty=torch.stack(distances).mean(0)) if distances else output
 
     def activation_checkpointing_enable(self, **kwargs: Any) -> None:
         """Called by Trainer; the trainer has enabled it already, with what diffusers calls it."""

@@ -26,7 +26,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast,
 from examples.shapes import world
 from examples.shapes.muon import Muon
 
-TAG_WEIGHTS = {"single_object": 1, "two_object": 2.5, "counting": 2, "colors": 1, "position": 4, "color_attr": 4}
+TAG_WEIGHTS = {"single_object": 1, "two_object": 2, "counting": 1.5, "colors": 1, "position": 4, "color_attr": 6}
 WRONG_SCENES = {
     "single_object": 0.02,
     "two_object": 0.3,

@@ -7,7 +7,7 @@ The reward is the mean of two terms, each about 1 for a right picture:
 
     nearness    exp(-distance^2 / 2) to that nearest scene, in units of one mean object's energy;
     posterior   the probability of its things against every other shape, colour or nothing at the same places, and of
-                nothing against one more thing elsewhere.
+                nothing against one more thing elsewhere, in parts of that in a perfect picture.
 
 Nearness alone cares too little for shape; the posterior alone would let anything pass that beats the alternatives.
 """
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from examples.shapes import world
 
-TEMPERATURE = 0.1
+TEMPERATURE = 0.5
 """Of the posterior, in mean object energies."""
 MOST_THINGS = len(world.NUMBERS)
 BOX = 2 * world.HALF_BOX + 1
@@ -154,22 +154,52 @@ def at_places(fit: Tensor, chosen: Tensor) -> Tensor:
     return fit.gather(3, index).movedim(3, 1)
 
 
+def local_fits(fit: Tensor, chosen: Tensor) -> Tensor:
+    """Fits of all things up to two pixels beside places, so that a wrong one is judged where it fits best.
+
+    (B, K, S, P), (B, N) -> (B, N, K, S)
+    """
+    around = beside(chosen)
+    return at_places(fit, around.flatten(1)).unflatten(1, around.shape[1:]).amin(2)
+
+
+def log_odds(local: Tensor) -> Tensor:
+    """Log-probability of each thing at a place, against all others and nothing: (..., K, S) to the same."""
+    scores = -local / TEMPERATURE
+    return scores - F.pad(scores.flatten(-2), (0, 1)).logsumexp(-1)[..., None, None]
+
+
+@cache
+def perfect_log_odds(device: torch.device, dtype: torch.dtype) -> Tensor:
+    """`log_odds` of each thing where it stands alone, as it should: (K, S)."""
+    known = stencils(device, dtype)
+    things = torch.einsum("kc,syx->kscyx", known.offsets, known.templates).flatten(0, 1)
+    margin = (world.IMAGE_SIZE - BOX) // 2
+    alone = F.pad(things, (margin, world.IMAGE_SIZE - BOX - margin) * 2)
+    places = torch.full((len(alone), 1), margin * PLACES + margin, device=device)
+    odds = log_odds(local_fits(fits(alone), places)[:, 0]).flatten(1)
+    return odds.diagonal().view(known.energies.shape)
+
+
 def posterior(fit: Tensor, wanted: Tensor, chosen: Tensor) -> Tensor:
     """Probability of the wanted things at their places, and of nothing elsewhere, (B,) in [0, 1].
 
-    Every thing may stand up to two pixels beside the place, so that a wrong shape is judged where it fits best.
+    In parts of the probability in a perfect picture, which the temperature keeps below 1.
     """
-    around = beside(chosen)
-    local = at_places(fit, around.flatten(1)).unflatten(1, around.shape[1:]).amin(2) / TEMPERATURE  # (B, N, K, S)
-    right = local.masked_fill(~wanted, FORBIDDEN).amin(dim=(2, 3))
-    rivals = F.pad(-local.flatten(2), (0, 1)).logsumexp(dim=2)
+    known = stencils(fit.device, fit.dtype)
+    local = local_fits(fit, chosen)
+    choice = local.masked_fill(~wanted, FORBIDDEN).flatten(2).argmin(2, keepdim=True)
+    found = log_odds(local).flatten(2).gather(2, choice)[..., 0]
+    perfect = perfect_log_odds(fit.device, fit.dtype).flatten()[choice[..., 0]]
     present = wanted.any(dim=(2, 3))
-    log_things = torch.where(present, -right - rivals, 0).sum(1)
+    log_things = torch.where(present, found - perfect, 0).sum(1)
 
     covered = torch.stack([near(place, world.HALF_BOX + 5) for place in chosen.unbind(1)], dim=1)
     covered = (covered & present[..., None]).any(1)
     additional = fit.amin(dim=(1, 2)).masked_fill(covered, FORBIDDEN).amin(1)
-    return (log_things + F.logsigmoid(additional / TEMPERATURE)).exp()
+    faintest = known.energies.min() / known.unit
+    log_nothing = F.logsigmoid(additional / TEMPERATURE) - F.logsigmoid(faintest / TEMPERATURE)
+    return (log_things + log_nothing).clamp(max=0).exp()
 
 
 def shapes_reward(images: Tensor, prompts: list[str], metadata: list[world.Row]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -190,5 +220,5 @@ def shapes_reward(images: Tensor, prompts: list[str], metadata: list[world.Row])
     chosen = nearest_places(fit, wanted, [row["relation"] for row in metadata])
     costs = at_places(fit, chosen).masked_fill(~wanted, FORBIDDEN).amin(dim=(2, 3))
     distance = offset.square().sum((1, 2, 3)) / known.unit + torch.where(wanted.any(dim=(2, 3)), costs, 0).sum(1)
-    terms = {"nearness": torch.exp(-0.5 * distance), "posterior": posterior(fit, wanted, chosen)}
+    terms = {"nearness": torch.exp(-0.5 * distance.clamp(min=0)), "posterior": posterior(fit, wanted, chosen)}
     return (terms["nearness"] + terms["posterior"]) / 2, terms

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
-import numpy as np
 import torch
 
 from ..flow import RECTIFIED
@@ -199,15 +198,10 @@ def lagrange_weights(points: Sequence[float], start: float, end: float) -> list[
     Returns:
         list[float]: one weight a point.
     """
-    # Gauss-Legendre nodes integrate these polynomials exactly.
-    nodes, node_weights = np.polynomial.legendre.leggauss(len(points) // 2 + 1)
-    at = (start + end) / 2 + (end - start) / 2 * nodes
-    weights = []
-    for index, point in enumerate(points):
-        others = [other for place, other in enumerate(points) if place != index]
-        values = np.prod([(at - other) / (point - other) for other in others], axis=0)
-        weights.append(float((end - start) / 2 * (node_weights * values).sum()))
-    return weights
+    powers = torch.arange(len(points), dtype=torch.float64)
+    moments = (end ** (powers + 1) - start ** (powers + 1)) / (powers + 1)
+    values = torch.tensor(points, dtype=torch.float64) ** powers[:, None]
+    return torch.linalg.solve(values, moments).tolist()
 
 
 def _euler(schedule: Schedule) -> dict[int, float]:
