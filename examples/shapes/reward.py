@@ -22,7 +22,7 @@ from torch import Tensor
 from examples.shapes import world
 
 TEMPERATURE = 0.5
-"""Of the posterior, in mean object energies."""
+"""Of the posterior, in mean object energies: high enough that a wholly wrong picture still has a slope."""
 MOST_THINGS = len(world.NUMBERS)
 BOX = 2 * world.HALF_BOX + 1
 PLACES = world.IMAGE_SIZE - BOX + 1
@@ -182,9 +182,9 @@ def perfect_log_odds(device: torch.device, dtype: torch.dtype) -> Tensor:
 
 
 def posterior(fit: Tensor, wanted: Tensor, chosen: Tensor) -> Tensor:
-    """Probability of the wanted things at their places, and of nothing elsewhere, (B,) in [0, 1].
+    """Probability of the wanted things at their places, and of nothing elsewhere, (B,).
 
-    In parts of the probability in a perfect picture, which the temperature keeps below 1.
+    In parts of what it is in a perfect picture: about 1 there, a little more with stronger colours.
     """
     known = stencils(fit.device, fit.dtype)
     local = local_fits(fit, chosen)
@@ -199,7 +199,7 @@ def posterior(fit: Tensor, wanted: Tensor, chosen: Tensor) -> Tensor:
     additional = fit.amin(dim=(1, 2)).masked_fill(covered, FORBIDDEN).amin(1)
     faintest = known.energies.min() / known.unit
     log_nothing = F.logsigmoid(additional / TEMPERATURE) - F.logsigmoid(faintest / TEMPERATURE)
-    return (log_things + log_nothing).clamp(max=0).exp()
+    return (log_things + log_nothing).exp()
 
 
 def shapes_reward(images: Tensor, prompts: list[str], metadata: list[world.Row]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -211,7 +211,8 @@ def shapes_reward(images: Tensor, prompts: list[str], metadata: list[world.Row])
         metadata (`list[dict]`): B rows of `world.prompt_rows`.
 
     Returns:
-        `tuple[Tensor, dict[str, Tensor]]`: rewards in [0, 1], (B,), and their terms `nearness` and `posterior`.
+        `tuple[Tensor, dict[str, Tensor]]`: rewards, (B,), 0 at least and about 1 for a right picture, and their terms
+            `nearness` and `posterior`.
     """
     known = stencils(images.device, images.dtype)
     offset = images - images.new_tensor(world.BACKGROUND)[:, None, None]
