@@ -100,9 +100,8 @@ class LeapAlignConfig(TrainingArguments):
             of `per_device_train_batch_size` that divides the samples of an update.
 
         base_penalty (`float`, *optional*):
-            Factor of the squared distance between the denoiser's output and the base model's, at the steps that run
-            with gradients: it keeps the model close to its base. Each of these steps costs one more call of the
-            denoiser without gradient. For LoRA only. None leaves it out.
+            Factor of the squared distance between the denoiser's output and the base model's, at the steps with
+            gradients; each costs one more call without. For LoRA only. None leaves it out.
         ema_decay (`float`, *optional*):
             Decay of a moving average of the trained weights, which is then what is evaluated, saved and left in the
             pipeline. The paper uses 0.995. None keeps the weights as they are.
@@ -200,7 +199,8 @@ class LeapAlignConfig(TrainingArguments):
     base_penalty: float | None = field(
         default=None,
         metadata={
-            "help": "Factor of the squared distance between the denoiser's output and the base model's. For LoRA only."
+            "help": "Factor of the squared distance between the denoiser's output and the base model's, at the steps "
+            "with gradients; each costs one more call without. For LoRA only. None leaves it out."
         },
     )
     ema_decay: float | None = field(

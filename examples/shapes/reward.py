@@ -182,9 +182,9 @@ def perfect_log_odds(device: torch.device, dtype: torch.dtype) -> Tensor:
 
 
 def posterior(fit: Tensor, wanted: Tensor, chosen: Tensor) -> Tensor:
-    """Probability of the wanted things at their places, and of nothing elsewhere, (B,).
+    """Probability of the wanted things at their places, and of nothing elsewhere, (B,) in [0, 1].
 
-    In parts of what it is in a perfect picture: about 1 there, a little more with stronger colours.
+    In parts of what it is in a perfect picture, at most 1 for each thing: stronger colours do not pay.
     """
     known = stencils(fit.device, fit.dtype)
     local = local_fits(fit, chosen)
@@ -192,14 +192,14 @@ def posterior(fit: Tensor, wanted: Tensor, chosen: Tensor) -> Tensor:
     found = log_odds(local).flatten(2).gather(2, choice)[..., 0]
     perfect = perfect_log_odds(fit.device, fit.dtype).flatten()[choice[..., 0]]
     present = wanted.any(dim=(2, 3))
-    log_things = torch.where(present, found - perfect, 0).sum(1)
+    log_things = torch.where(present, (found - perfect).clamp(max=0), 0).sum(1)
 
     covered = torch.stack([near(place, world.HALF_BOX + 5) for place in chosen.unbind(1)], dim=1)
     covered = (covered & present[..., None]).any(1)
     additional = fit.amin(dim=(1, 2)).masked_fill(covered, FORBIDDEN).amin(1)
     faintest = known.energies.min() / known.unit
     log_nothing = F.logsigmoid(additional / TEMPERATURE) - F.logsigmoid(faintest / TEMPERATURE)
-    return (log_things + log_nothing).exp()
+    return (log_things + log_nothing.clamp(max=0)).exp()
 
 
 def shapes_reward(images: Tensor, prompts: list[str], metadata: list[world.Row]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -211,8 +211,7 @@ def shapes_reward(images: Tensor, prompts: list[str], metadata: list[world.Row])
         metadata (`list[dict]`): B rows of `world.prompt_rows`.
 
     Returns:
-        `tuple[Tensor, dict[str, Tensor]]`: rewards, (B,), 0 at least and about 1 for a right picture, and their terms
-            `nearness` and `posterior`.
+        `tuple[Tensor, dict[str, Tensor]]`: rewards in [0, 1], (B,), and their terms `nearness` and `posterior`.
     """
     known = stencils(images.device, images.dtype)
     offset = images - images.new_tensor(world.BACKGROUND)[:, None, None]
