@@ -25,15 +25,16 @@ ALLOWED = {
     "pipelines": set(),
     "rollout": {"flow", "methods", "pipelines"},
     "base_penalty": set(),
-    "rollout_model": {"rollout", "methods", "seeds", "base_penalty"},
+    "sampling": {"seeds"},
+    "rollout_model": {"rollout", "methods", "sampling", "seeds", "base_penalty"},
     "leapalign_config": {"methods", "ranges"},
     "checks": {"adapters"},
     "checkpoints": {"adapters"},
     "model_card": set(),
     "metrics": set(),
-    "evaluation": {"evaluation", "rewards", "rollout", "prompts", "seeds"},
+    "evaluation": {"evaluation", "rewards", "sampling", "prompts"},
 }
-FREE = {"__init__", "leapalign_trainer", "cli", "__main__"}
+FREE = {"__init__", "leapalign_trainer", "compare", "cli", "__main__"}
 
 
 def part_of(path):

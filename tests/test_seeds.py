@@ -5,7 +5,8 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 
 from examples.tiny import tiny_sd3
 from trl_leapalign.methods import LeapAlign
-from trl_leapalign.rollout_model import RolloutModel, solver_noise
+from trl_leapalign.rollout_model import RolloutModel
+from trl_leapalign.sampling import solver_noise
 from trl_leapalign.seeds import Purpose, derive_seed, make_generator
 
 

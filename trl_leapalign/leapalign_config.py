@@ -267,7 +267,7 @@ class LeapAlignConfig(TrainingArguments):
         if self.learning_rate is None:
             self.learning_rate = 1e-5 if self.full_finetuning else 1e-4
         for name in ("sample_kwargs", "method_kwargs", "model_init_kwargs"):
-            setattr(self, name, _read_dict(name, getattr(self, name)))
+            setattr(self, name, read_dict(name, getattr(self, name)))
         for name in ("reward_weights", "reward_threshold"):
             value = getattr(self, name)
             if isinstance(value, Real) and not isinstance(value, bool):
@@ -401,7 +401,7 @@ def _jsonable(value: Any) -> Any:
     return value if isinstance(value, (str, int, float, bool, list, dict, type(None))) else str(value)
 
 
-def _read_dict(name: str, value: Any) -> dict[str, Any]:
+def read_dict(name: str, value: Any) -> dict[str, Any]:
     if value is None:
         return {}
     if isinstance(value, str):

@@ -9,7 +9,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 from accelerate.utils import gather_object
@@ -24,16 +23,16 @@ from .adapters import prepare_denoisers, restored_on_error, save_trained
 from .callbacks import WeightAverage
 from .checkpoints import last_checkpoint, load_run, save_run
 from .checks import check_evaluation, check_gradients, check_optimizer, check_thresholds, check_weights
+from .evaluation.scoring import scored_batches
 from .leapalign_config import LeapAlignConfig
-from .losses import reward_loss
-from .metrics import MetricBuffer, merge, summarise
+from .losses import below_threshold, reward_loss
+from .metrics import MetricBuffer, merge, peak_memory_gib, summarise
 from .model_card import write_model_card
 from .pipelines import check_call_arguments, load_pipeline
-from .prompts import PromptFunction, PromptSource, PromptStream, choose_prompts, collate, load_prompts, split_row
+from .prompts import PromptFunction, PromptSource, PromptStream, choose_prompts, collate, load_prompts
 from .rewards import RewardFunction, RewardSet, Scores, check_finite
 from .rollout import RolloutOutput, quiet
-from .rollout_model import RolloutModel, batch_call_kwargs, solver_noise
-from .seeds import Purpose, make_generator
+from .rollout_model import RolloutModel
 
 MOST_IDLE_UPDATES = 10
 
@@ -178,7 +177,7 @@ class LeapAlignTrainer(Trainer):
         """
         output = model(inputs["prompts"], inputs["indices"])
         prompts, metadata = _for_copies(output.images, inputs["prompts"], inputs["metadata"])
-        scores = self._score(output.images, prompts, metadata)
+        scores = self.rewards(output.images, prompts, metadata)
         loss = reward_loss(
             scores.rewards, output.weights.to(scores.rewards.dtype), self.rewards.weights, self.rewards.thresholds
         )
@@ -187,11 +186,6 @@ class LeapAlignTrainer(Trainer):
         self._record(output, scores, loss)
         self._last_samples = (output.images.detach(), prompts, metadata, scores.total, scores.details)
         return (loss, output) if return_outputs else loss
-
-    def _score(self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Scores:
-        precise = images.to(torch.promote_types(images.dtype, torch.float32))
-        with torch.autocast(images.device.type, enabled=False):
-            return self.rewards(precise, prompts, metadata)
 
     def _record(self, output: RolloutOutput, scores: Scores, loss: Tensor) -> None:
         images = output.images.detach()
@@ -205,7 +199,7 @@ class LeapAlignTrainer(Trainer):
                 **{name: step.to(images.device) for name, step in steps.items()},
                 **({} if output.penalty is None else {"base_distance": output.penalty.detach()}),
                 "saturated": saturated,
-                "below_threshold": _below_threshold(scores.rewards, self.rewards.thresholds),
+                "below_threshold": below_threshold(scores.rewards, self.rewards.thresholds),
                 "finite": torch.isfinite(loss),
             }
         )
@@ -279,7 +273,7 @@ class LeapAlignTrainer(Trainer):
         return {
             **summarise(columns),
             "seconds_per_step": (self._last_log - start) / updates,
-            "peak_memory_gib": _peak_memory_gib(self.args.device),
+            "peak_memory_gib": peak_memory_gib(self.args.device),
         }
 
     def train(
@@ -347,22 +341,28 @@ class LeapAlignTrainer(Trainer):
         check_weights(self.rollout_model)
         start = time.perf_counter()
         batches, columns = [], []
-        mine = range(self.args.process_index, len(rows), self.args.world_size)
-        with self._averaged(), quiet(self.pipeline):
-            for begin in range(0, len(mine), self.args.per_device_eval_batch_size):
-                indices = list(mine[begin : begin + self.args.per_device_eval_batch_size])
-                split = [split_row(rows[index], self.args.prompt_column) for index in indices]
-                prompts, metadata = [prompt for prompt, _ in split], [others for _, others in split]
-                images = self._sample(prompts, indices)
-                scores = self._score(images, prompts, metadata)
-                check_finite(scores, self.rewards.names, prompts)
+        with self._averaged(), quiet(self.pipeline), self.accelerator.autocast():
+            for batch in scored_batches(
+                self.pipeline,
+                self.rewards,
+                rows,
+                range(self.args.process_index, len(rows), self.args.world_size),
+                self.args.call_kwargs(self.args.eval_num_steps),
+                prompt_column=self.args.prompt_column,
+                seed=self.args.seed,
+                batch_size=self.args.per_device_eval_batch_size,
+            ):
+                scores = batch.scores
+                check_finite(scores, self.rewards.names, batch.prompts)
                 values = {"reward": scores.total, **scores.metrics}
                 columns.append({name: value.float().reshape(-1).tolist() for name, value in values.items()})
                 if self.image_samples_hook is not None:
-                    batches.append((images.cpu(), prompts, metadata, scores.total.cpu(), scores.details))
+                    shown = (batch.images.cpu(), batch.prompts, batch.metadata, scores.total.cpu(), scores.details)
+                    batches.append(shown)
         means = summarise(merge(gather_object(columns)))
         logs = {f"{metric_key_prefix}_{name}": value for name, value in means.items()}
-        logs[f"{metric_key_prefix}_runtime"] = time.perf_counter() - start
+        logs[f"{metric_key_prefix}_runtime"] = seconds = time.perf_counter() - start
+        self._last_log += seconds  # training's seconds_per_step leaves evaluations out
         self.log(logs)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, logs)
         self._show(batches)
@@ -378,12 +378,6 @@ class LeapAlignTrainer(Trainer):
 
     def _averaged(self) -> AbstractContextManager:
         return nullcontext() if self.weight_average is None else self.weight_average.applied()
-
-    def _sample(self, prompts: list[str], indices: list[int]) -> Tensor:
-        kwargs = batch_call_kwargs(self.args.call_kwargs(self.args.eval_num_steps), len(prompts))
-        generators = [make_generator(self.args.seed, Purpose.EVALUATION, index) for index in indices]
-        with solver_noise(self.args.seed, Purpose.EVALUATION, indices[0]), self.accelerator.autocast():
-            return self.pipeline(prompt=prompts, generator=generators, output_type="pt", return_dict=False, **kwargs)[0]
 
     # Checks before training
 
@@ -404,7 +398,7 @@ class LeapAlignTrainer(Trainer):
         with self.accelerator.autocast():
             output = self.rollout_model(batch["prompts"], batch["indices"])
         prompts, metadata = _for_copies(output.images, batch["prompts"], batch["metadata"])
-        scores = self._score(output.images, prompts, metadata)
+        scores = self.rewards(output.images, prompts, metadata)
         check_finite(scores, self.rewards.names, prompts)
         check_thresholds(scores.rewards, self.rewards.names, self.rewards.thresholds)
         may_underflow = self.accelerator.scaler is not None
@@ -487,17 +481,3 @@ def _for_copies(images: Tensor, prompts: list[str], metadata: list[dict]) -> tup
     """Prompts and metadata of each image; a method's copies come after the samples, in their order."""
     copies = len(images) // len(prompts)
     return prompts * copies, metadata * copies
-
-
-def _below_threshold(rewards: Tensor, thresholds: Sequence[float | None]) -> Tensor:
-    limits = torch.tensor([math.inf if limit is None else limit for limit in thresholds], device=rewards.device)
-    return (rewards.detach() < limits[:, None]).any(0)
-
-
-def _peak_memory_gib(device: torch.device) -> float:
-    if device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        return peak / 2**30
-    memory = psutil.Process().memory_info()
-    return getattr(memory, "peak_wset", memory.rss) / 2**30  # only Windows keeps a peak

@@ -1,5 +1,6 @@
 """From rewards to a loss. Pure torch."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -29,3 +30,17 @@ def reward_loss(
         for reward, coefficient, threshold in zip(rewards, coefficients, thresholds, strict=True)
     ]
     return (weights * torch.stack(terms).sum(0)).mean()
+
+
+def below_threshold(rewards: Tensor, thresholds: Sequence[float | None]) -> Tensor:
+    """Which samples have a loss: those below the threshold of at least one reward, or with one that has none.
+
+    Args:
+        rewards (Tensor): shape (M, B).
+        thresholds (Sequence[float | None]): lambda_m, length M.
+
+    Returns:
+        Tensor: shape (B,), bool.
+    """
+    limits = torch.tensor([math.inf if limit is None else limit for limit in thresholds], device=rewards.device)
+    return (rewards.detach() < limits[:, None]).any(0)

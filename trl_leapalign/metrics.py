@@ -3,6 +3,7 @@
 from collections import defaultdict
 from statistics import fmean, pstdev
 
+import psutil
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor
@@ -61,3 +62,20 @@ def summarise(columns: dict[str, list[float]]) -> dict[str, float]:
         dict[str, float]: means, and "reward_std".
     """
     return {**{name: fmean(values) for name, values in columns.items()}, "reward_std": pstdev(columns["reward"])}
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Return the most memory that was in use on a GPU since the last call; on the CPU, of the process, now.
+
+    Args:
+        device (torch.device): where the model runs.
+
+    Returns:
+        float: in GiB.
+    """
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        return peak / 2**30
+    memory = psutil.Process().memory_info()
+    return getattr(memory, "peak_wset", memory.rss) / 2**30  # only Windows keeps a peak

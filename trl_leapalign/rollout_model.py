@@ -1,7 +1,5 @@
 """The module that is trained: it owns the denoisers, and its forward is the rollout."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -12,7 +10,8 @@ from torch import nn
 from .base_penalty import distances_to_base
 from .methods import Method
 from .rollout import RolloutOutput, run_rollout
-from .seeds import Purpose, derive_seed, make_generator
+from .sampling import batch_call_kwargs, solver_noise
+from .seeds import Purpose, make_generator
 
 
 class RolloutModel(nn.Module):
@@ -81,26 +80,3 @@ class RolloutModel(nn.Module):
 
     def activation_checkpointing_enable(self, **kwargs: Any) -> None:
         """Called by Trainer; the trainer has enabled it already, with what diffusers calls it."""
-
-
-def batch_call_kwargs(call_kwargs: dict[str, Any], batch_size: int) -> dict[str, Any]:
-    """Repeat texts for each sample of a batch, since not every pipeline does it for those beside the prompt."""
-    return {
-        name: [value] * batch_size if "prompt" in name and isinstance(value, str) else value
-        for name, value in call_kwargs.items()
-    }
-
-
-@contextmanager
-def solver_noise(seed: int, purpose: Purpose, index: int) -> Iterator[None]:
-    """Seed torch's global random states, which some solvers draw from, and put them back.
-
-    Args:
-        seed (int): of the run.
-        purpose (Purpose): what the batch is for.
-        index (int): number of its first sample.
-    """
-    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(derive_seed(seed, Purpose.SOLVER, purpose, index))
-        yield

@@ -131,6 +131,12 @@ def is_correct(image: np.ndarray, row: world.Row) -> bool:
     )
 
 
+def is_right(images: torch.Tensor, prompts: list[str], metadata: list[world.Row]) -> torch.Tensor:
+    """`is_correct` of a batch, called as rewards are: 1 for right and 0 for wrong pictures, shape (B,)."""
+    verdicts = [is_correct(image.cpu().numpy(), row) for image, row in zip(images, metadata, strict=True)]
+    return torch.tensor(verdicts, dtype=torch.float32)
+
+
 def balanced(rows: list[world.Row], num_images: int) -> list[world.Row]:
     """`num_images` rows, the tags in turn and each tag's prompts in turn, in a fixed shuffled order."""
     by_tag = {}

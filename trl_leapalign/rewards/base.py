@@ -73,7 +73,7 @@ class RewardSet:
                 function.to(device).eval().requires_grad_(False)
 
     def __call__(self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Scores:
-        """Score a batch.
+        """Score a batch, in float32 at least and without autocast.
 
         Args:
             images (Tensor): shape (B, 3, H, W), or (B, F, 3, H, W) for video, in [0, 1].
@@ -87,6 +87,11 @@ class RewardSet:
             TypeError: if a reward returns something that is not a floating tensor.
             ValueError: if its shape is wrong, it has lost the graph, or the reward changes the images in place.
         """
+        precise = images.to(torch.promote_types(images.dtype, torch.float32))
+        with torch.autocast(images.device.type, enabled=False):
+            return self._score(precise, prompts, metadata)
+
+    def _score(self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Scores:
         rows, metrics, details = [], {}, {}
         for name, function in zip(self.names, self.functions, strict=True):
             result = _apply(function, name, images, prompts, metadata)

@@ -1,0 +1,264 @@
+"""Trains several methods, or settings of one, on the same prompts and seeds, and judges them on the same images."""
+
+import json
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from diffusers import DiffusionPipeline
+from diffusers.utils import numpy_to_pil
+from torch import Tensor
+from transformers import PrinterCallback, ProgressCallback, TrainerCallback
+
+from .evaluation.report import BASE, Result, write_report
+from .evaluation.scoring import score_pipeline
+from .leapalign_config import LeapAlignConfig
+from .leapalign_trainer import LeapAlignTrainer
+from .ranges import Range
+from .rewards import RewardFunction, RewardSet
+from .rollout import quiet
+
+logger = logging.getLogger(__name__)
+
+KEPT = ("step", "reward", "grad_norm", "loss", "seconds_per_step", "d_j", "d_0", "eval_reward")
+"""Of what training logs."""
+GIVEN = ("output_dir", "seed", "train_prompts", "eval_prompts", "model_init_kwargs")
+"""Settings that a comparison makes itself, so no run can have its own."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training run, or none for the pipeline as it is.
+
+    Args:
+        name (str): of the run.
+        seed (int | None): of training; None does not train.
+        learning_rate (float | None): in place of that of the settings.
+        tuning (bool): whether it is a trial of that learning rate, judged on the tuning prompts.
+    """
+
+    name: str
+    seed: int | None = None
+    learning_rate: float | None = None
+    tuning: bool = False
+
+    @property
+    def folder(self) -> Path:
+        """Where its results are kept."""
+        if self.tuning:
+            return Path("tuning", self.name, f"lr_{self.learning_rate:g}")
+        return Path("runs", self.name) if self.seed is None else Path("runs", self.name, f"seed_{self.seed}")
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What is trained, on what, and how it is judged.
+
+    Every run trains for `config.max_steps` updates or, with `train_seconds`, as many of these as it can in that time.
+    Runs of one seed see the same prompts and the same noise. Results are kept in files: what is there is not done
+    again.
+
+    Args:
+        make_pipeline (Callable[[], DiffusionPipeline]): returns a fresh pipeline, the same each time.
+        reward (RewardFunction | Sequence[RewardFunction]): what is trained on.
+        config (LeapAlignConfig): the settings that all runs share; results go to its `output_dir`.
+        runs (dict[str, dict]): by name, the settings in which a run differs.
+        train_rows (Sequence[dict]): prompts to train on.
+        eval_rows (Sequence[dict]): prompts to judge on, which no run trains on.
+        evaluators (Sequence[RewardFunction]): what judges; the first decides. None is the reward.
+        seeds (Sequence[int]): each run is trained once with each.
+        num_images (int | None): images to judge a run by, the rows in turn; None is one a row.
+        group_by (str | None): the column whose values the scores are split by; the overall score is their mean.
+        train_seconds (float | None): time of training, without evaluation.
+        learning_rates (Sequence[float]): tried for each run that has none of its own, on `tuning_rows` with
+            `tuning_seed`; the best is used.
+        tuning_rows (Sequence[dict] | None): a third set of prompts.
+        tuning_seed (int): of these trials.
+
+    Raises:
+        ValueError: if the runs, seeds or learning rates cannot be compared.
+    """
+
+    make_pipeline: Callable[[], DiffusionPipeline]
+    reward: RewardFunction | Sequence[RewardFunction]
+    config: LeapAlignConfig
+    runs: dict[str, dict[str, Any]]
+    train_rows: Sequence[dict[str, Any]]
+    eval_rows: Sequence[dict[str, Any]]
+    evaluators: Sequence[RewardFunction] | None = None
+    seeds: Sequence[int] = (0, 1, 2)
+    num_images: int | None = None
+    group_by: str | None = None
+    train_seconds: float | None = None
+    learning_rates: Sequence[float] = ()
+    tuning_rows: Sequence[dict[str, Any]] | None = None
+    tuning_seed: int = 1000
+    judges: RewardSet = field(init=False)
+
+    def __post_init__(self):
+        if not self.runs or not all(isinstance(settings, dict) for settings in self.runs.values()):
+            raise ValueError(
+                f"runs={self.runs!r} must name at least one run: {{'leapalign': {{'method': 'leapalign'}}}}."
+            )
+        for name, settings in self.runs.items():
+            wrong = set(settings) & set(GIVEN)
+            if name == BASE or "/" in name or wrong:
+                raise ValueError(
+                    f"The run {name!r} with {settings} cannot be compared: it is called {BASE!r}, has a "
+                    f"slash in its name, or sets what all runs share ({', '.join(GIVEN)})."
+                )
+            self.config_of(Job(name, self.tuning_seed))
+        if not self.seeds or len(set(self.seeds)) < len(self.seeds) or self.tuning_seed in self.seeds:
+            raise ValueError(f"seeds={list(self.seeds)} must differ, and not be the tuning seed {self.tuning_seed}.")
+        if self.train_seconds is not None:
+            Range(0, excluded=True).check("train_seconds", self.train_seconds)
+        if self.learning_rates and self.tuning_rows is None:
+            raise ValueError("learning_rates are chosen on prompts of their own: set tuning_rows.")
+        if self.group_by is not None and any(self.group_by not in row for row in self.eval_rows):
+            raise ValueError(f"group_by={self.group_by!r} is no column of all prompts to judge on.")
+        judges = self.reward if self.evaluators is None else list(self.evaluators)
+        object.__setattr__(self, "judges", RewardSet(judges))
+
+    @property
+    def output_dir(self) -> Path:
+        return Path(self.config.output_dir)
+
+    def config_of(self, job: Job) -> LeapAlignConfig:
+        """The whole settings of a training run.
+
+        Raises:
+            TypeError: if it sets something that `LeapAlignConfig` does not have.
+            ValueError: if a setting is out of range.
+        """
+        own = dict.fromkeys(GIVEN) | {"output_dir": str(self.output_dir / job.folder), "seed": job.seed}
+        return replace(self.config, **self.settings_of(job), **own)
+
+    def settings_of(self, job: Job) -> dict[str, Any]:
+        """The settings in which a training run differs from the others."""
+        chosen = {} if job.learning_rate is None else {"learning_rate": job.learning_rate}
+        return {**self.runs.get(job.name, {}), **chosen}
+
+    def run(self) -> Path:
+        """Do what is not done yet, and write the report.
+
+        Returns:
+            Path: the report, Markdown.
+
+        Raises:
+            ValueError: if `output_dir` holds results of other settings.
+        """
+        results = [self._result(Job(BASE))]
+        for name in self.runs:
+            learning_rate = self._tuned_learning_rate(name)
+            results += [self._result(Job(name, seed, learning_rate)) for seed in self.seeds]
+        return write_report(self.output_dir, results)
+
+    def _tuned_learning_rate(self, name: str) -> float | None:
+        """The one of `learning_rates` with which the first evaluator is highest on `tuning_rows`."""
+        if not self.learning_rates or "learning_rate" in self.runs[name]:
+            return None
+        jobs = [Job(name, self.tuning_seed, rate, tuning=True) for rate in self.learning_rates]
+        return max(jobs, key=lambda job: self._result(job).overall).learning_rate
+
+    def _result(self, job: Job) -> Result:
+        """Train and judge once, unless that is done already."""
+        directory = self.output_dir / job.folder
+        directory.mkdir(parents=True, exist_ok=True)
+        made_with = self._made_with(job)
+        path, settings_path = directory / "result.json", directory / "settings.json"
+        if path.exists():
+            before = json.loads(settings_path.read_text(encoding="utf-8"))
+            changed = sorted(key for key in before.keys() | made_with.keys() if before.get(key) != made_with.get(key))
+            if changed:
+                raise ValueError(
+                    f"{directory} holds the result of other settings: {', '.join(changed)} changed. Choose another "
+                    "output_dir, or delete that folder."
+                )
+            return Result(**json.loads(path.read_text(encoding="utf-8")))
+        result = self._measure(job, directory)
+        if PartialState().is_main_process:
+            settings_path.write_text(json.dumps(made_with, indent=2) + "\n", encoding="utf-8")
+            path.write_text(json.dumps(asdict(result)) + "\n", encoding="utf-8")
+        PartialState().wait_for_everyone()
+        return result
+
+    def _made_with(self, job: Job) -> dict[str, Any]:
+        """All that a result follows from and that JSON can hold."""
+        known = {"num_images": self.num_images, "train_seconds": self.train_seconds, "judges": self.judges.names}
+        if job.seed is not None:
+            known |= self.config_of(job).to_dict()
+        return json.loads(json.dumps(known, default=str))
+
+    def _measure(self, job: Job, directory: Path) -> Result:
+        start = time.perf_counter()
+        pipeline = self.make_pipeline().to(self.config.device)
+        self.judges.prepare(self.config.device)
+        history = [] if job.seed is None else self._train(pipeline, self.config_of(job))
+        scores, groups = self._score(pipeline, directory, self.tuning_rows if job.tuning else self.eval_rows)
+        result = Result(job.name, job.seed, self.settings_of(job), history, scores, groups)
+        logger.info(
+            f"{job.folder}: {self.judges.names[0]} {result.overall:.3f} after {result.updates} updates, "
+            f"{time.perf_counter() - start:.0f} s"
+        )
+        return result
+
+    def _train(self, pipeline: DiffusionPipeline, config: LeapAlignConfig) -> list[dict[str, float]]:
+        limit = [] if self.train_seconds is None else [TimeLimit(self.train_seconds)]
+        trainer = LeapAlignTrainer(pipeline, self.reward, config, train_dataset=self.train_rows, callbacks=limit)
+        for callback in (PrinterCallback, ProgressCallback):
+            trainer.remove_callback(callback)
+        trainer.train()
+        logged = [entry for entry in trainer.state.log_history if "loss" in entry]
+        return [{name: entry[name] for name in KEPT if name in entry} for entry in logged]
+
+    def _score(
+        self, pipeline: DiffusionPipeline, directory: Path, rows: Sequence[dict[str, Any]]
+    ) -> tuple[dict[str, list[float]], list[str]]:
+        count = len(rows) if self.num_images is None else self.num_images
+        groups = [str(rows[index % len(rows)].get(self.group_by, "all")) for index in range(count)]
+        shown = {groups.index(group) for group in groups}
+        (directory / "images").mkdir(exist_ok=True)
+
+        def keep(index: int, image: Tensor) -> None:
+            if index in shown and image.ndim == 3:
+                picture = numpy_to_pil(image.clamp(0, 1).float().permute(1, 2, 0).cpu().numpy())[0]
+                picture.save(directory / "images" / f"{index:05d}.png")
+
+        precision = torch.float16 if self.config.fp16 else torch.bfloat16
+        mixed = self.config.fp16 or self.config.bf16
+        with quiet(pipeline), torch.autocast(self.config.device.type, precision, enabled=mixed):
+            scores = score_pipeline(
+                pipeline,
+                self.judges,
+                rows,
+                self.config.call_kwargs(self.config.eval_num_steps),
+                num_images=count,
+                prompt_column=self.config.prompt_column,
+                batch_size=self.config.per_device_eval_batch_size,
+                keep=keep,
+            )
+        return scores, groups
+
+
+class TimeLimit(TrainerCallback):
+    """Ends training when its updates have taken some time.
+
+    Args:
+        seconds (float): without what happens between updates, such as evaluation.
+    """
+
+    def __init__(self, seconds: float):
+        self.left = seconds
+        self.start = 0.0
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.start = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.left -= time.perf_counter() - self.start
+        control.should_training_stop |= self.left <= 0

@@ -1,0 +1,56 @@
+"""Plain calls of a pipeline on numbered prompts: which noise each gets, and what a batch's call is."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor
+
+from .seeds import Purpose, derive_seed, make_generator
+
+
+@torch.no_grad()
+def sample_images(
+    pipeline: DiffusionPipeline, prompts: list[str], indices: list[int], call_kwargs: dict[str, Any], seed: int
+) -> Tensor:
+    """Sample an image for each prompt, with noise that is kept apart from that of training.
+
+    Args:
+        pipeline (DiffusionPipeline): the pipeline.
+        prompts (list[str]): length B.
+        indices (list[int]): number of each image, which its noise follows from, length B.
+        call_kwargs (dict[str, Any]): arguments of the pipeline's call that are the same for every batch.
+        seed (int): of the noise.
+
+    Returns:
+        Tensor: images in [0, 1], shape (B, 3, H, W), or video (B, F, 3, H, W).
+    """
+    kwargs = batch_call_kwargs(call_kwargs, len(prompts))
+    generators = [make_generator(seed, Purpose.EVALUATION, index) for index in indices]
+    with solver_noise(seed, Purpose.EVALUATION, indices[0]):
+        return pipeline(prompt=prompts, generator=generators, output_type="pt", return_dict=False, **kwargs)[0]
+
+
+def batch_call_kwargs(call_kwargs: dict[str, Any], batch_size: int) -> dict[str, Any]:
+    """Repeat texts for each sample of a batch, since not every pipeline does it for those beside the prompt."""
+    return {
+        name: [value] * batch_size if "prompt" in name and isinstance(value, str) else value
+        for name, value in call_kwargs.items()
+    }
+
+
+@contextmanager
+def solver_noise(seed: int, purpose: Purpose, index: int) -> Iterator[None]:
+    """Seed torch's global random states, which some solvers draw from, and put them back.
+
+    Args:
+        seed (int): of the run.
+        purpose (Purpose): what the batch is for.
+        index (int): number of its first sample.
+    """
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(derive_seed(seed, Purpose.SOLVER, purpose, index))
+        yield
