@@ -237,7 +237,15 @@ def test_compare_on_the_command_line(module, capsys):
 def test_train_on_the_command_line(module):
     prompts = Path("prompts.txt")
     prompts.write_text("a red circle\n")
-    arguments = [*COMMON, "--train_prompts", str(prompts), "--method", "drtune", "--method_kwargs", '{"num_train_steps": 1}']
+    arguments = [
+        *COMMON,
+        "--train_prompts",
+        str(prompts),
+        "--method",
+        "drtune",
+        "--method_kwargs",
+        '{"num_train_steps": 1}',
+    ]
     main(["train", *arguments, "--lora", '{"r": 2, "target_modules": ["to_q"]}', "--output_dir", "out"])
     pipeline = tiny_flux()
     pipeline.load_lora_weights("out")
