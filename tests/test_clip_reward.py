@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from examples.tiny import tiny_clip, tiny_tokenizer
 from trl_leapalign.rewards import CLIPReward
-from trl_leapalign.rewards.clip import CLIP_MEAN, CLIP_STD, preprocess
+from trl_leapalign.rewards.preprocessing import CLIP_MEAN, CLIP_STD, normalize, resize_and_crop
 
 PROMPTS = ["a red circle", "a blue square left of a cat"]
 
