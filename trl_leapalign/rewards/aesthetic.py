@@ -115,6 +115,6 @@ def _fetch_head() -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         torch.hub.download_url_to_file(HEAD_URL, str(path), hash_prefix=HEAD_SHA256, progress=False)
-    except OSError as error:
+    except (OSError, RuntimeError) as error:
         raise FileNotFoundError(f"The aesthetic head is not on disk, and GitHub does not give it. {advice}") from error
     return path

@@ -82,9 +82,7 @@ class CLIPReward(RewardModel):
         """
         source = path_or_id or cls.model_id
         if source is None:
-            raise ValueError(
-                f"{cls.__name__} has no model of its own: pass path_or_id, such as {PickScore.model_id!r}."
-            )
+            raise ValueError(f"{cls.__name__} has no model of its own. Pass path_or_id.")
         model = load_model(CLIPModel, source, revision=revision)
         return cls(model, load_tokenizer(tokenizer or cls.tokenizer_id or source), **settings)
 
@@ -131,7 +129,8 @@ class PickScore(CLIPReward):
     """PickScore v1 (https://huggingface.co/papers/2305.01569): a CLIP ViT-H/14 trained on choices between pictures.
 
     The LeapAlign paper trains on the bare cosine with a threshold of 0.4, a gradient discount of 0.1 and a learning
-    rate of 1e-5. Scores are about 0.18 to 0.23, or 18 to 23 with scale="reference". Takes the arguments of `CLIPReward`.
+    rate of 1e-5. Scores are about 0.18 to 0.23, or 18 to 23 with scale="reference". Takes the arguments of
+    `CLIPReward`.
     """
 
     model_id = "yuvalkirstain/PickScore_v1"

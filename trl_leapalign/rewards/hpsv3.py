@@ -120,8 +120,8 @@ class HPSv3(RewardModel):
         rows = weights[EMBEDDINGS].shape[0] if EMBEDDINGS in weights else len(tokenizer)
         if len(tokenizer) != rows:
             raise ValueError(
-                f"The tokenizer has {len(tokenizer)} tokens, but {path} has embeddings for {rows}, so tokens would mean "
-                "something else. Use the tokenizer of Qwen/Qwen2-VL-7B-Instruct."
+                f"The tokenizer has {len(tokenizer)} tokens, but {path} has embeddings for {rows}, so their "
+                "numbers differ. Use the tokenizer of Qwen/Qwen2-VL-7B-Instruct."
             )
         model = load_model(transformers.Qwen2VLModel, path, config=qwen2_vl_7b(rows), weights=weights, dtype=dtype)
         head = preference_head(model.config.text_config.hidden_size)
@@ -263,21 +263,14 @@ def read_instruction() -> str:
         FileNotFoundError: if `hpsv3` is not installed, or has no such file.
         ValueError: if the file has other constants.
     """
-    advice = (
-        "Run `pip install --no-deps hpsv3==1.0.0`, or pass instruction=... with {text_prompt} and <|Reward|> in it."
-    )
+    advice = "Run `pip install --no-deps hpsv3==1.0.0`, or pass instruction=... with {text_prompt} and <|Reward|>."
     try:
         path = Path(str(metadata.distribution("hpsv3").locate_file(INSTRUCTION_FILE)))
         tree = ast.parse(path.read_text(encoding="utf-8"))
     except (metadata.PackageNotFoundError, FileNotFoundError) as error:
         raise FileNotFoundError(f"HPSv3's instruction comes from the hpsv3 distribution. {advice}") from error
-    constants = {
-        node.targets[0].id: node.value.value
-        for node in tree.body
-        if isinstance(node, ast.Assign)
-        and isinstance(node.targets[0], ast.Name)
-        and isinstance(node.value, ast.Constant)
-    }
+    assignments = [node for node in tree.body if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant)]
+    constants = {ast.unparse(node.targets[0]): node.value.value for node in assignments}
     texts = {name: constants.get(name) for name in INSTRUCTION_LENGTHS}
     if not all(isinstance(text, str) for text in texts.values()):
         raise ValueError(f"{path} has no texts {list(texts)}, so this is another hpsv3. {advice}")

@@ -1,6 +1,7 @@
 """What all built-in reward models share: frozen weights, precision, micro-batches and cached prompts."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -128,8 +129,7 @@ def linear_head(width: int) -> nn.Sequential:
         nn.Sequential: maps (B, width) to (B, 1).
     """
     sizes = (width, 1024, 128, 64, 16, 1)
-    layers = [nn.Linear(ours, theirs) for ours, theirs in zip(sizes[:-1], sizes[1:], strict=True)]
-    first, second, third, fourth, fifth = layers
+    first, second, third, fourth, fifth = (nn.Linear(*pair) for pair in pairwise(sizes))
     return nn.Sequential(first, nn.Identity(), second, nn.Identity(), third, nn.Identity(), fourth, fifth)
 
 

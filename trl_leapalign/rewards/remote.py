@@ -63,7 +63,8 @@ class RemoteReward:
         scores = answer.get("scores") if isinstance(answer, dict) else None
         if not isinstance(scores, list) or len(scores) != len(images) or not all(map(_is_number, scores)):
             raise ValueError(
-                f'{self.url} must answer {{"scores": [...]}} with {len(images)} numbers, but answered {str(answer)[:200]}.'
+                f'{self.url} must answer {{"scores": [...]}} with {len(images)} numbers, but answered '
+                f"{str(answer)[:200]}."
             )
         return torch.tensor(scores, dtype=torch.float32, device=images.device)
 

@@ -197,9 +197,7 @@ def load_tokenizer(tokenizer: str | Path | PreTrainedTokenizerBase, revision: st
 
 def _how_to_get(source: str, filename: str | None, argument: str = "path_or_id") -> str:
     if not REPOSITORY.fullmatch(source) or source.endswith(FILE_SUFFIXES):
-        return (
-            f"There is no file or folder {source!r}. Pass the path of one, or a repository of the Hub, as {argument}."
-        )
+        return f"There is no file or folder {source!r}. Pass the path of one, or an id of the Hub, as {argument}."
     what = f"{filename} of {source!r}" if filename else repr(source)
     file = f" {filename}" if filename else ""
     return (
