@@ -49,8 +49,9 @@ class AestheticScore(RewardModel):
     ):
         super().__init__(batch_size=batch_size, activation_checkpointing=activation_checkpointing)
         check_clip(model)
-        self.model = model.eval().requires_grad_(False)
-        self.head = head.eval().requires_grad_(False)
+        self.model = model
+        self.head = head
+        self.eval().requires_grad_(False)
 
     @classmethod
     def from_pretrained(

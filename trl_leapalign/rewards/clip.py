@@ -50,9 +50,10 @@ class CLIPReward(RewardModel):
         check_clip(model)
         if scale not in SCALES:
             raise ValueError(f"scale={scale!r} is unknown; choose one of {SCALES}.")
-        self.model = model.eval().requires_grad_(False)
+        self.model = model
         self.tokenizer = tokenizer
         self.scale = scale
+        self.eval().requires_grad_(False)
 
     @classmethod
     def from_pretrained(

@@ -79,10 +79,11 @@ class HPSv3(RewardModel):
             if self.instruction.count(part) != 1:
                 raise ValueError(f"The instruction has {self.instruction.count(part)} times {part}; it must be once.")
         self.special_ids = {token: _token_id(tokenizer, token) for token in (IMAGE_TOKEN, REWARD_TOKEN)}
-        self.model = model.eval().requires_grad_(False)
-        self.head = head.eval().requires_grad_(False)
+        self.model = model
+        self.head = head
         self.tokenizer = tokenizer
         self.image_pixels = image_pixels
+        self.eval().requires_grad_(False)
 
     @classmethod
     def from_pretrained(

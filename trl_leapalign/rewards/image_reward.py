@@ -58,10 +58,11 @@ class ImageReward(RewardModel):
                 "The text encoder has no cross attention, so it does not see the image. Build it with "
                 "BlipTextConfig(is_decoder=True, encoder_hidden_size=...)."
             )
-        self.vision = vision.eval().requires_grad_(False)
-        self.text = text.eval().requires_grad_(False)
-        self.head = head.eval().requires_grad_(False)
+        self.vision = vision
+        self.text = text
+        self.head = head
         self.tokenizer = tokenizer
+        self.eval().requires_grad_(False)
 
     @classmethod
     def from_pretrained(
