@@ -92,7 +92,9 @@ class ImageReward(RewardModel):
         path = find_file(path_or_id, FILE, revision)
         parts = split_weights(read_weights(path), path)
         vision = load_model(transformers.BlipVisionModel, path, config=vision_config(), weights=parts["vision"])
-        text = load_model(transformers.BlipTextModel, path, config=text_config(), weights=parts["text"])
+        text = load_model(
+            transformers.BlipTextModel, path, config=text_config(), weights=parts["text"], add_pooling_layer=False
+        )
         head = linear_head(text.config.hidden_size)
         load_module(head, parts["head"], path)
         return cls(vision, text, head, load_tokenizer(tokenizer), **settings)

@@ -80,6 +80,7 @@ def load_model(
     weights: dict[str, Tensor] | None = None,
     revision: str | None = None,
     dtype: torch.dtype = torch.float32,
+    **settings: Any,
 ) -> Model:
     """Load a model of transformers strictly: each of its weights is there, and no other.
 
@@ -90,6 +91,7 @@ def load_model(
         weights (dict[str, Tensor] | None): its weights, where the source has them under other names.
         revision (str | None): branch, tag or commit of the repository.
         dtype (torch.dtype): of the model.
+        **settings: of the model's constructor.
 
     Returns:
         Model: on the CPU.
@@ -108,6 +110,7 @@ def load_model(
             dtype=dtype,
             ignore_mismatched_sizes=True,  # named below
             output_loading_info=True,
+            **settings,
         )
     except OSError as error:
         raise FileNotFoundError(_how_to_get(str(source), None)) from error
