@@ -18,7 +18,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 Model = TypeVar("Model", bound=PreTrainedModel)
 BROKEN_FILE = (pickle.UnpicklingError, SafetensorError, EOFError, RuntimeError, KeyError, ValueError)
 """What torch and safetensors raise for a file that is cut off or no weights at all."""
-REPOSITORY = re.compile(r"[\w.-]+(/[\w.-]+)?")
+REPOSITORY = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
 FILE_SUFFIXES = (".pt", ".pth", ".bin", ".safetensors")
 
 
@@ -65,7 +65,7 @@ def read_weights(path: Path) -> dict[str, Any]:
         if path.suffix == ".safetensors":
             return load_file(path)
         weights = torch.load(path, map_location="cpu", weights_only=True)
-    except BROKEN_FILE as error:
+    except (*BROKEN_FILE, OSError) as error:
         raise ValueError(_broken(path, error)) from error
     if not isinstance(weights, dict):
         raise ValueError(_broken(path, f"it holds a {type(weights).__name__}, not tensors by name"))
@@ -211,7 +211,8 @@ def _how_to_get(source: str, filename: str | None, argument: str = "path_or_id")
 
 
 def _broken(source: str | Path, reason: Any) -> str:
+    lines = str(reason).splitlines() or [type(reason).__name__]
     return (
-        f"{source} cannot be read as the weights of this model: {str(reason).splitlines()[0]}. If the file is cut off, "
+        f"{source} cannot be read as the weights of this model: {lines[0]}. If the file is cut off, "
         "fetch it again; only tensors are read, never other Python objects."
     )
