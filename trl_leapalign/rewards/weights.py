@@ -113,6 +113,8 @@ def load_model(
             **settings,
         )
     except OSError as error:
+        if Path(source).exists():
+            raise ValueError(_broken(source, error)) from error
         raise FileNotFoundError(_how_to_get(str(source), None)) from error
     except BROKEN_FILE as error:
         raise ValueError(_broken(source, error)) from error
@@ -189,12 +191,15 @@ def load_tokenizer(tokenizer: str | Path | PreTrainedTokenizerBase, revision: st
 
     Raises:
         FileNotFoundError: if it is neither on disk nor to be had from the Hub.
+        ValueError: if the folder holds none.
     """
     if isinstance(tokenizer, PreTrainedTokenizerBase):
         return tokenizer
     try:
         return AutoTokenizer.from_pretrained(str(tokenizer), revision=revision or "main")
-    except OSError as error:
+    except (OSError, ValueError) as error:
+        if Path(tokenizer).exists():
+            raise ValueError(f"The folder {tokenizer} holds no tokenizer: {str(error).splitlines()[0]}") from error
         raise FileNotFoundError(_how_to_get(str(tokenizer), None, argument="tokenizer")) from error
 
 
