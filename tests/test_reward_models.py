@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from reward_cases import CASES, INSTRUCTION, PROMPTS, clip_model, hpsv3, image_reward, random_images
+from reward_cases import CASES, INSTRUCTION, PROMPTS, SIDE, clip_model, hpsv3, image_reward, random_images
 from transformers import BlipTextConfig, BlipTextModel
 
 from examples.tiny import tiny_tokenizer
@@ -41,6 +41,25 @@ def test_batches_equal_singles(reward):
     torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-6)
     assert together.std() > 1e-3
     assert not torch.allclose(reward(images.flip(0), PROMPTS, ROWS), together, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "left"),
+    [("clip", 1), ("pickscore", 1), ("clipscore", 2), ("aesthetic", 2), ("imagereward", 2)],
+)
+def test_what_is_seen_of_a_wide_image(name, left, rewards):
+    """The centre; of odd margins, torchvision's references leave out other columns than transformers'."""
+    images = random_images(3, 3, SIDE, SIDE + 3)
+    inside = rewards[name](images[..., left : left + SIDE], PROMPTS, ROWS)
+    assert torch.equal(rewards[name](images, PROMPTS, ROWS), inside)
+    assert not torch.allclose(rewards[name](images[..., 3 - left :][..., :SIDE], PROMPTS, ROWS), inside, atol=1e-4)
+
+
+def test_hpsv2_sees_the_whole_image_between_black_bars(rewards):
+    images = random_images(3, 3, SIDE, SIDE - 7)
+    framed = torch.zeros(3, 3, SIDE, SIDE)
+    framed[..., 3:12] = images
+    assert torch.equal(rewards["hpsv2"](images, PROMPTS, ROWS), rewards["hpsv2"](framed, PROMPTS, ROWS))
 
 
 def test_the_prompt_matters_except_for_aesthetics(reward):

@@ -87,6 +87,7 @@ def test_odd_margins(width, left, rounded):
         ((16, 16), (16, 16), (0, 0)),
         ((640, 1), (16, 1), (0, 7)),
         ((32, 5), (16, 2), (0, 7)),  # 2.5 columns are rounded to even
+        ((32, 7), (16, 4), (0, 6)),  # so are 3.5
     ],
 )
 def test_padding_surrounds_the_whole_image(size, inner, offset):

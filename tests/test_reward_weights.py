@@ -94,7 +94,9 @@ def test_a_folder_with_a_file_that_is_cut_off(tmp_path):
 
 
 def test_folders_without_what_is_needed(tmp_path):
-    with pytest.raises(ValueError, match=r"cannot be read as the weights of this model: .*no file named model\.safetensors"):
+    with pytest.raises(
+        ValueError, match=r"cannot be read as the weights of this model: .*no file named model\.safetensors"
+    ):
         CLIPScore.from_pretrained(tmp_path, tokenizer=tiny_tokenizer())
     with pytest.raises(ValueError, match=rf"The folder {tmp_path} holds no tokenizer: "):
         load_tokenizer(tmp_path)
