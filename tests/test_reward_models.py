@@ -95,6 +95,15 @@ def test_scores_of_bfloat16_images_are_those_of_their_values(reward):
     assert torch.equal(scores, reward(images.float(), PROMPTS, ROWS))
 
 
+def test_models_in_bfloat16_score_in_float32(reward):
+    half = copy.deepcopy(reward).to(torch.bfloat16)
+    images = random_images(3, 3, 24, 40).requires_grad_()
+    scores = half(images, PROMPTS, ROWS)
+    assert scores.dtype == torch.float32
+    torch.testing.assert_close(scores, reward(images, PROMPTS, ROWS), rtol=0.05, atol=0.05)
+    assert torch.autograd.grad(scores.sum(), images)[0].isfinite().all()
+
+
 def test_autocast_changes_nothing(reward):
     images = random_images(3, 3, 24, 40)
     expected = reward(images, PROMPTS, ROWS)
