@@ -41,7 +41,7 @@ class Evil:
 def test_code_in_pickles_is_not_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.save({"a": Evil()}, tmp_path / "a.pt")
-    (tmp_path / "b.pt").write_bytes(pickle.dumps(Evil()))
+    (tmp_path / "b.pt").write_bytes(pickle.dumps(Evil(), protocol=2))
     for name in ("a.pt", "b.pt"):
         with pytest.raises(ValueError, match="only tensors are read, never other Python objects"):
             read_weights(tmp_path / name)
