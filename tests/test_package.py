@@ -103,6 +103,8 @@ socket.getaddrinfo = refuse
 import trl_leapalign
 assert "trl" not in sys.modules, "trl was imported"
 assert "wandb" not in sys.modules
+models = [name for name in sys.modules if "modeling_blip" in name or "modeling_qwen2_vl" in name]
+assert not models, f"{models} were imported"
 print(sorted(trl_leapalign.__all__))
 """
 

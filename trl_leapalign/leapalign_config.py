@@ -112,7 +112,8 @@ class LeapAlignConfig(TrainingArguments):
             Weight of each reward, or one number for a single reward. None is 1 for each.
         reward_threshold (`list[float]`, *optional*):
             Threshold lambda of each reward, on its own scale, or one number for a single reward: samples above it have
-            no loss. None maximises without end.
+            no loss. None is the recommended one of each built-in reward and none for others; [None] is none, which
+            maximises without end.
 
         > Parameters that control the prompts
 
@@ -219,7 +220,8 @@ class LeapAlignConfig(TrainingArguments):
         default=None,
         metadata={
             "help": "Threshold lambda of each reward, on its own scale, or one number for a single reward: samples "
-            "above it have no loss. None maximises without end."
+            "above it have no loss. None is the recommended one of each built-in reward and none for others; [None] is "
+            "none, which maximises without end."
         },
     )
 

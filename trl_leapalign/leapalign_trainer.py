@@ -47,9 +47,10 @@ class LeapAlignTrainer(Trainer):
 
     Args:
         pipeline (DiffusionPipeline | str): a pipeline with a flow-matching scheduler, or its Hub id or path.
-        reward_function (RewardFunction | Sequence[RewardFunction]): `reward(images, prompts, metadata)` with images
-            (B, 3, H, W) in [0, 1] that carry the graph, or video (B, F, 3, H, W), returns differentiable rewards (B,),
-            or these and a dict to report. Several are weighted by `config.reward_weights`.
+        reward_function (RewardFunction | str | Sequence[RewardFunction | str]): `reward(images, prompts, metadata)`
+            with images (B, 3, H, W) in [0, 1] that carry the graph, or video (B, F, 3, H, W), returns differentiable
+            rewards (B,), or these and a dict to report; or the name of a built-in reward, such as "hpsv2.1". Several
+            are weighted by `config.reward_weights`.
         config (LeapAlignConfig | None): settings.
         prompt_function (PromptFunction | None): returns a prompt and its metadata; in place of a dataset.
         image_samples_hook (ImageSamplesHook | None): called as `hook(image_data, global_step, tracker)` when training
@@ -73,7 +74,7 @@ class LeapAlignTrainer(Trainer):
     def __init__(
         self,
         pipeline: DiffusionPipeline | str,
-        reward_function: RewardFunction | Sequence[RewardFunction],
+        reward_function: RewardFunction | str | Sequence[RewardFunction | str],
         config: LeapAlignConfig | None = None,
         prompt_function: PromptFunction | None = None,
         image_samples_hook: ImageSamplesHook | None = None,

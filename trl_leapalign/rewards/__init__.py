@@ -1,4 +1,27 @@
+from .aesthetic import AestheticScore
 from .base import RewardFunction, RewardSet, Scores, check_finite
-from .clip import CLIPReward
+from .builtin import REWARDS, load_reward
+from .clip import CLIPReward, CLIPScore, PickScore
+from .hpsv2 import HPSv2
+from .hpsv3 import HPSv3
+from .image_reward import ImageReward
+from .model import RewardModel
+from .remote import RemoteReward
 
-__all__ = ["CLIPReward", "RewardFunction", "RewardSet", "Scores", "check_finite"]
+__all__ = [
+    "REWARDS",
+    "AestheticScore",
+    "CLIPReward",
+    "CLIPScore",
+    "HPSv2",
+    "HPSv3",
+    "ImageReward",
+    "PickScore",
+    "RemoteReward",
+    "RewardFunction",
+    "RewardModel",
+    "RewardSet",
+    "Scores",
+    "check_finite",
+    "load_reward",
+]

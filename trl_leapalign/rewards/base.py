@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ..ranges import Range
+from .builtin import check_reward_name, load_reward
+from .model import RewardModel
 
 RewardFunction: TypeAlias = Callable[[Tensor, list[str], list[dict[str, Any]]], "Tensor | tuple[Tensor, dict]"]
 """`reward(images, prompts, metadata)` with images (B, 3, H, W) in [0, 1] that carry the graph, or video
@@ -37,18 +39,22 @@ class RewardSet:
     """One or several reward functions with their weights and thresholds.
 
     Args:
-        functions (RewardFunction | Sequence[RewardFunction]): the reward function or functions.
+        functions (RewardFunction | str | Sequence[RewardFunction | str]): the reward function or functions. A name is
+            one of `REWARDS`, which is loaded.
         weights (Sequence[float] | None): c_m of each; None is 1 for each.
-        thresholds (Sequence[float | None] | None): lambda_m of each, on its own scale; None is none for each.
+        thresholds (Sequence[float | None] | None): lambda_m of each, on its own scale; None in the list is none. None
+            for the list is the recommended one of each built-in reward, and none for others.
 
     Raises:
         TypeError: if one cannot be called with images, prompts and metadata, or weights or thresholds are no list.
-        ValueError: if there is none, or the weights or thresholds do not match them or are not finite.
+        ValueError: if there is none, a name is unknown, or the weights or thresholds do not match them or are not
+            finite.
+        FileNotFoundError: if the weights of a built-in reward are not to be had.
     """
 
     def __init__(
         self,
-        functions: RewardFunction | Sequence[RewardFunction],
+        functions: RewardFunction | str | Sequence[RewardFunction | str],
         weights: Sequence[float] | None = None,
         thresholds: Sequence[float | None] | None = None,
     ):
@@ -56,15 +62,19 @@ class RewardSet:
         if not self.functions:
             raise ValueError("There is no reward: pass a reward function, or a list of them that is not empty.")
         for function in self.functions:
-            _check_callable(function)
+            if isinstance(function, str):
+                check_reward_name(function)
+            else:
+                _check_callable(function)
         count = len(self.functions)
         self.weights = [1.0] * count if weights is None else _numbers_for("reward_weights", weights, count)
-        self.thresholds = (
-            [None] * count if thresholds is None else _numbers_for("reward_threshold", thresholds, count, optional=True)
-        )
+        if thresholds is not None:
+            thresholds = _numbers_for("reward_threshold", thresholds, count, optional=True)
         if not any(self.weights):
             raise ValueError(f"reward_weights={self.weights} are all zero, so nothing would be learnt.")
         self.names = _unique([_name(function) for function in self.functions])
+        self.functions = [load_reward(item) if isinstance(item, str) else item for item in self.functions]
+        self.thresholds = [_threshold(item) for item in self.functions] if thresholds is None else thresholds
 
     def prepare(self, device: torch.device) -> None:
         """Move reward models to a device, freeze them and put them in eval mode."""
@@ -228,7 +238,13 @@ def _numbers(extra: dict[str, Any], images: Tensor) -> Iterator[tuple[str, Tenso
             yield key, value
 
 
-def _name(function: RewardFunction) -> str:
+def _threshold(function: RewardFunction) -> float | None:
+    return function.threshold if isinstance(function, RewardModel) else None
+
+
+def _name(function: RewardFunction | str) -> str:
+    if isinstance(function, str):
+        return function
     return getattr(function, "__name__", type(function).__name__).replace("<lambda>", "lambda")
 
 
