@@ -115,7 +115,7 @@ def load_mmdet_checkpoint(
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"{str(path)!r} holds more than tensors and plain values, or is broken. If you trust where it comes from, "
-            "keep its weights alone: torch.save({'state_dict': torch.load(path, weights_only=False)['state_dict']}, ...)."
+            "load it with weights_only=False, save its 'state_dict' alone with torch.save, and pass that file."
         ) from error
     if not isinstance(checkpoint, Mapping):
         raise ValueError(f"{str(path)!r} holds a {type(checkpoint).__name__}, but should hold a state dict.")

@@ -27,7 +27,7 @@ def load_pretrained(load: Callable[..., T], source: str | Path, what: str, **opt
     except OSError as error:
         raise OSError(
             f"{what} could not be loaded from {str(source)!r}: {_first_line(error)}\nWith a network, run `hf download "
-            f"<repository>` once and try again. Without one, copy the repository's files into a folder and pass its path."
+            "<repository>` once and try again. Without one, copy the repository's files to a folder and pass its path."
         ) from error
 
 
