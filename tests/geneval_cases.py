@@ -60,6 +60,22 @@ def tiny_detector(seed: int = 0) -> Mask2FormerDetector:
     return Mask2FormerDetector(tiny_mask2former(seed), max_size=MAX_SIZE)
 
 
+def busy_detector() -> Mask2FormerDetector:
+    """A detector that is sure of several classes, with masks that do not fill the image.
+
+    A channel that is 1 everywhere lowers all mask logits.
+    """
+    model = tiny_mask2former(seed=1)
+    pixels = model.model.pixel_level_module.decoder.mask_projection
+    queries = model.model.transformer_module.decoder.mask_predictor.mask_embedder.get_submodule("2.0")
+    with torch.no_grad():
+        model.class_predictor.weight.mul_(6)
+        pixels.weight.mul_(16)
+        pixels.weight[0], pixels.bias[0] = 0, 1
+        queries.weight[0], queries.bias[0] = 0, -20
+    return Mask2FormerDetector(model, max_size=MAX_SIZE)
+
+
 def color_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()

@@ -24,10 +24,19 @@ class ColorClassifier(nn.Module):
     Args:
         model (CLIPModel): frozen here; GenEval's is OpenAI's ViT-L/14.
         tokenizer (PreTrainedTokenizerBase): its tokenizer.
+
+    Raises:
+        ValueError: if the tokenizer is another model's.
     """
 
     def __init__(self, model: CLIPModel, tokenizer: PreTrainedTokenizerBase):
         super().__init__()
+        known = model.config.text_config.vocab_size
+        if len(tokenizer) != known:
+            raise ValueError(
+                f"The tokenizer has {len(tokenizer)} tokens, but CLIP knows {known}. From a folder without tokenizer "
+                "files, transformers makes an empty one: add the model's own."
+            )
         self.model = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
         self.text_features: dict[str, Tensor] = {}
@@ -44,6 +53,7 @@ class ColorClassifier(nn.Module):
 
         Raises:
             OSError: if the files are missing.
+            ValueError: if the tokenizer's are.
         """
         what = "GenEval's colour classifier (CLIP)"
         model = load_pretrained(CLIPModel.from_pretrained, source, what, dtype=torch.float32)
