@@ -1,5 +1,9 @@
 """The colour classifier and the whole evaluator on tiny real models, against plain computations."""
 
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -198,6 +202,31 @@ def test_it_keeps_the_contract_of_rewards(evaluator, images, seen):
     scores = RewardSet(evaluator)(images, ["p"] * 3, rows)
     assert scores.rewards.shape == (1, 3) and scores.rewards[0, 0] == 1 and not scores.rewards.requires_grad
     assert set(scores.details["GenEval"]) == {"tag", "reason", "objects"}
+
+
+def test_the_program_in_the_docs_runs(evaluator, seen):
+    page = (Path(__file__).parent.parent / "docs" / "geneval.md").read_text(encoding="utf-8")
+    [program] = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    for loading, name in (
+        ('GenEval.from_pretrained("mask2former.pth", device="cuda")', "loaded"),
+        ("read_geneval()", "read"),
+    ):
+        assert loading in program
+        program = program.replace(loading, name)
+    rows = [
+        {"tag": tag, "include": [{"class": next(iter(seen[0][0])), "count": 1}], "prompt": tag}
+        for tag in ("single_object", "two_object", "counting", "colors", "position", "color_attr")
+    ]
+    asked = []
+
+    def pipe(prompts, output_type):
+        asked.extend(prompts)
+        return SimpleNamespace(images=random_images(3, 96, 100)[[0, 0, 0, 1]])
+
+    names = {"loaded": evaluator, "read": rows, "pipe": pipe}
+    exec(compile(program, "geneval.md", "exec", dont_inherit=True), names)
+    assert asked == [row["prompt"] for row in rows for _ in range(4)] and names["tags"] == asked
+    assert names["correct"][:3] == [1, 1, 1]
 
 
 def test_wrong_input_is_refused(evaluator, images):

@@ -224,6 +224,18 @@ def test_decoding_is_greedy_whatever_the_model_prefers():
     assert tiny_reward(model).answer(to_pil(IMAGES[:1])[0], PROMPTS[0]).split() == expected
 
 
+@pytest.mark.parametrize("size", [(56, 84), (112, 28)])
+def test_inputs_equal_those_made_by_hand(size):
+    """Token by token and patch by patch, also which tokens are the image's: positions depend on it."""
+    image = torch.rand(3, *size, generator=torch.Generator().manual_seed(0))
+    found = tiny_reward()._inputs(to_pil(image[None])[0], "a blue ring")
+    ids, pixels = asked_by_hand(image, "a blue ring")
+    assert torch.equal(found["input_ids"], ids) and torch.equal(found["image_grid_thw"], pixels["image_grid_thw"])
+    assert torch.equal(found["mm_token_type_ids"], (ids == WORDS.index("<|image_pad|>")).int())
+    assert found["attention_mask"].all()
+    torch.testing.assert_close(found["pixel_values"], pixels["pixel_values"], rtol=1e-4, atol=1e-5)
+
+
 def test_images_are_squashed_when_asked(trained):
     image = torch.rand(1, 3, 70, 112, generator=torch.Generator().manual_seed(0))
     picture = to_pil(image)[0]

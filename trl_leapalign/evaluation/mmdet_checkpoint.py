@@ -135,9 +135,8 @@ def load_mmdet_weights(model: Mask2FormerForUniversalSegmentation, state: Mappin
         ValueError: if keys or shapes do not match; the message names them.
     """
     weights = convert_mmdet_state(state)
-    buffers = dict(model.named_buffers())
-    for name in [name for name in weights if name.endswith(".relative_position_index")]:
-        if name in buffers and not torch.equal(weights.pop(name).flatten(), buffers[name]):
+    for name, index in model.named_buffers():
+        if name.endswith(".relative_position_index") and not torch.equal(weights.pop(name, index).flatten(), index):
             raise ValueError(f"The mmdet checkpoint counts the positions in {name} in another order than transformers.")
     expected = {name: tensor for name, tensor in model.state_dict().items() if name not in UNUSED}
     _refuse("has no weights for", expected.keys() - weights.keys())
