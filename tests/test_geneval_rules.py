@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from trl_leapalign.evaluation import Detection, GenEvalRules, parse_task, summarize
+from trl_leapalign.evaluation import Detection, GenEvalRules, parse_task, summarize_geneval
 from trl_leapalign.evaluation.geneval import box_iou
 from trl_leapalign.evaluation.geneval_metadata import COLORS, RELATIONS, TAGS, Clause, GenEvalTask
 
@@ -241,7 +241,7 @@ def test_settings_out_of_range_are_refused(setting):
 def test_summary_weighs_tags_and_not_images():
     tags = ["counting"] * 4 + ["single_object"] * 8 + ["two_object", "colors", "position", "color_attr"]
     correct = torch.tensor([1, 0, 0, 0] + [1] * 6 + [0] * 2 + [1, 0, 1, 0], dtype=torch.float32)
-    summary = summarize(correct, tags)
+    summary = summarize_geneval(correct, tags)
     assert list(summary.by_tag) == list(TAGS)
     assert summary.by_tag["counting"].mean == 0.25 and summary.by_tag["counting"].num_images == 4
     assert summary.by_tag["single_object"].standard_error == pytest.approx(math.sqrt(0.75 * 0.25 / 8))
@@ -250,7 +250,7 @@ def test_summary_weighs_tags_and_not_images():
 
 
 def test_summary_of_some_tags_has_no_score():
-    summary = summarize([1.0, 0.0, 1.0], ["colors", "colors", "position"])
+    summary = summarize_geneval([1.0, 0.0, 1.0], ["colors", "colors", "position"])
     assert math.isnan(summary.score) and math.isnan(summary.standard_error)
     assert {tag: accuracy.mean for tag, accuracy in summary.by_tag.items()} == {"colors": 0.5, "position": 1.0}
 
@@ -261,4 +261,4 @@ def test_summary_of_some_tags_has_no_score():
 )
 def test_wrong_verdicts_are_refused(correct, tags, message):
     with pytest.raises(ValueError, match=message):
-        summarize(correct, tags)
+        summarize_geneval(correct, tags)

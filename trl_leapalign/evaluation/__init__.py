@@ -1,6 +1,6 @@
 """Evaluators: callables of a reward's contract, `evaluator(images, prompts, metadata)`, that give no gradient."""
 
-from .geneval import Accuracy, Detection, GenEvalRules, GenEvalSummary, Verdict, summarize
+from .geneval import Accuracy, Detection, GenEvalRules, GenEvalSummary, Verdict, summarize_geneval
 from .geneval_colors import ColorClassifier
 from .geneval_evaluator import GenEval
 from .geneval_metadata import GenEvalTask, parse_task, read_geneval
@@ -20,5 +20,5 @@ __all__ = [
     "Verdict",
     "parse_task",
     "read_geneval",
-    "summarize",
+    "summarize_geneval",
 ]

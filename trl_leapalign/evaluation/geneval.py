@@ -220,7 +220,7 @@ class GenEvalSummary:
     by_tag: dict[str, Accuracy]
 
 
-def summarize(correct: Sequence[float] | Tensor, tags: Sequence[str]) -> GenEvalSummary:
+def summarize_geneval(correct: Sequence[float] | Tensor, tags: Sequence[str]) -> GenEvalSummary:
     """Sum up verdicts as GenEval does: every tag weighs the same.
 
     Args:

@@ -28,7 +28,7 @@ class GenEval(nn.Module):
         evaluator = GenEval.from_pretrained("facebook/mask2former-swin-small-coco-instance")
         rows = read_geneval("evaluation_metadata.jsonl")
         correct, details = evaluator(images, [row["prompt"] for row in rows], rows)
-        print(summarize(correct, details["tag"]).score)
+        print(summarize_geneval(correct, details["tag"]).score)
         ```
     """
 
