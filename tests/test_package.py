@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import trl_leapalign
-from trl_leapalign import LeapAlignConfig, LeapAlignTrainer, methods, rewards
+from trl_leapalign import LeapAlignConfig, LeapAlignTrainer, evaluation, methods, rewards
 
 PACKAGE = Path(trl_leapalign.__file__).parent
 FILES = sorted(path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py"))
@@ -32,7 +32,8 @@ ALLOWED = {
     "checkpoints": {"adapters"},
     "model_card": set(),
     "metrics": set(),
-    "evaluation": {"evaluation", "rewards", "sampling", "prompts"},
+    "scoring": {"rewards", "sampling", "prompts"},
+    "evaluation": {"evaluation", "rewards"},
 }
 FREE = {"__init__", "leapalign_trainer", "compare", "cli", "__main__"}
 
@@ -119,7 +120,7 @@ def test_importing_needs_neither_trl_nor_a_network(tmp_path):
     assert not list(tmp_path.rglob("*.safetensors"))
 
 
-@pytest.mark.parametrize("module", [trl_leapalign, methods, rewards], ids=lambda module: module.__name__)
+@pytest.mark.parametrize("module", [trl_leapalign, evaluation, methods, rewards], ids=lambda module: module.__name__)
 def test_public_names_exist_and_are_documented(module):
     assert module.__doc__ or module is not trl_leapalign
     for name in module.__all__:

@@ -16,12 +16,12 @@ from torch import Tensor
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
 from .evaluation.report import BASE, Result, write_report
-from .evaluation.scoring import score_pipeline
 from .leapalign_config import LeapAlignConfig
 from .leapalign_trainer import LeapAlignTrainer
 from .ranges import Range
 from .rewards import RewardFunction, RewardSet
 from .rollout import quiet
+from .scoring import score_pipeline
 
 logger = logging.getLogger(__name__)
 

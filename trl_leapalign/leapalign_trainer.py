@@ -23,7 +23,6 @@ from .adapters import prepare_denoisers, restored_on_error, save_trained
 from .callbacks import WeightAverage
 from .checkpoints import last_checkpoint, load_run, save_run
 from .checks import check_evaluation, check_gradients, check_optimizer, check_thresholds, check_weights
-from .evaluation.scoring import scored_batches
 from .leapalign_config import LeapAlignConfig
 from .losses import below_threshold, reward_loss
 from .metrics import MetricBuffer, merge, peak_memory_gib, summarise
@@ -33,6 +32,7 @@ from .prompts import PromptFunction, PromptSource, PromptStream, choose_prompts,
 from .rewards import RewardFunction, RewardSet, Scores, check_finite
 from .rollout import RolloutOutput, quiet
 from .rollout_model import RolloutModel
+from .scoring import scored_batches
 
 MOST_IDLE_UPDATES = 10
 

@@ -10,9 +10,9 @@ from accelerate.utils import gather_object
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
-from ..prompts import split_row
-from ..rewards import RewardSet, Scores
-from ..sampling import sample_images
+from .prompts import split_row
+from .rewards import RewardSet, Scores
+from .sampling import sample_images
 
 
 @dataclass(frozen=True)
