@@ -23,7 +23,7 @@ from trl_leapalign.evaluation.geneval_colors import cut_out, to_pixels
 from trl_leapalign.evaluation.geneval_metadata import COLORS, RELATIONS
 from trl_leapalign.evaluation.images import to_pil
 from trl_leapalign.rewards import RewardSet
-from trl_leapalign.rewards.clip import CLIP_MEAN, CLIP_STD
+from trl_leapalign.rewards.preprocessing import CLIP_MEAN, CLIP_STD
 
 
 def blob(height, width, box):

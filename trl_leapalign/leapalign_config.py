@@ -41,6 +41,7 @@ NUMBERS = {
     "sample_guidance_scale": Range(),
     "ema_decay": Range(0, 1, excluded=True),
     "base_penalty": Range(0, excluded=True),
+    "max_sample_grad_norm": Range(0, excluded=True),
 }
 """Where each numeric setting lies, unless it is None by default and left so."""
 METRIC_SCHEDULERS = ("reduce_lr_on_plateau", "greedy")
@@ -102,6 +103,10 @@ class LeapAlignConfig(TrainingArguments):
         base_penalty (`float`, *optional*):
             Factor of the squared distance between the denoiser's output and the base model's, at the steps with
             gradients; each costs one more call without. For LoRA only. None leaves it out.
+        max_sample_grad_norm (`float`, *optional*):
+            Largest norm of the gradient of one sample's loss with respect to its clean latents; what is larger is
+            scaled down to it, so that one broken image does not decide an update. Logged as `sample_grad_norm`. None is
+            no limit.
         ema_decay (`float`, *optional*):
             Decay of a moving average of the trained weights, which is then what is evaluated, saved and left in the
             pipeline. The paper uses 0.995. None keeps the weights as they are.
@@ -202,6 +207,14 @@ class LeapAlignConfig(TrainingArguments):
         metadata={
             "help": "Factor of the squared distance between the denoiser's output and the base model's, at the steps "
             "with gradients; each costs one more call without. For LoRA only. None leaves it out."
+        },
+    )
+    max_sample_grad_norm: float | None = field(
+        default=None,
+        metadata={
+            "help": "Largest norm of the gradient of one sample's loss with respect to its clean latents; what is "
+            "larger is scaled down to it, so that one broken image does not decide an update. Logged as "
+            "`sample_grad_norm`. None is no limit."
         },
     )
     ema_decay: float | None = field(

@@ -5,7 +5,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from .callbacks import WeightAverage
 from .checkpoints import last_checkpoint, load_run, save_run
 from .checks import check_evaluation, check_gradients, check_optimizer, check_thresholds, check_weights
 from .leapalign_config import LeapAlignConfig
-from .losses import below_threshold, reward_loss
+from .losses import below_threshold, limit_sample_gradients, reward_loss
 from .metrics import MetricBuffer, merge, peak_memory_gib, summarise
 from .model_card import write_model_card
 from .pipelines import check_call_arguments, load_pipeline
@@ -182,6 +182,10 @@ class LeapAlignTrainer(Trainer):
         loss = reward_loss(
             scores.rewards, output.weights.to(scores.rewards.dtype), self.rewards.weights, self.rewards.thresholds
         )
+        for number, latents in enumerate(output.latents if loss.requires_grad else ()):
+            name = "sample_grad_norm" if number == 0 else f"sample_grad_norm_{number}"
+            report = partial(self._record_norms, name)
+            limit_sample_gradients(loss, latents, self.args.max_sample_grad_norm, report)
         if output.penalty is not None:
             loss = loss + self.args.base_penalty * output.penalty.mean()
         self._record(output, scores, loss)
@@ -204,6 +208,9 @@ class LeapAlignTrainer(Trainer):
                 "finite": torch.isfinite(loss),
             }
         )
+
+    def _record_norms(self, name: str, norms: Tensor) -> None:
+        self._metrics.add({name: norms})
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Tensor | float | None = None) -> Tensor | float:
         """Stop before the optimizer's step if something is not finite, or nothing was learnt for long."""

@@ -1,7 +1,7 @@
 """From rewards to a loss. Pure torch."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -44,3 +44,32 @@ def below_threshold(rewards: Tensor, thresholds: Sequence[float | None]) -> Tens
     """
     limits = torch.tensor([math.inf if limit is None else limit for limit in thresholds], device=rewards.device)
     return (rewards.detach() < limits[:, None]).any(0)
+
+
+def limit_sample_gradients(
+    loss: Tensor, latents: Tensor, limit: float | None, report: Callable[[Tensor], None] | None = None
+) -> None:
+    """Scale down what single samples send back to their latents, when the loss is differentiated.
+
+    A sample's gradient is that of its own term of the loss, of which the loss is the mean: it depends neither on the
+    other samples nor on how the loss is scaled afterwards.
+
+    Args:
+        loss (Tensor): mean over the samples, scalar, with graph.
+        latents (Tensor): shape (B, ...), on the way from the denoiser to the loss.
+        limit (float | None): largest norm of a sample's gradient; None leaves them as they are.
+        report (Callable[[Tensor], None] | None): called with the norms before that, shape (B,).
+    """
+    scales: list[Tensor] = []
+    loss.register_hook(scales.append)
+
+    def limited(gradient: Tensor) -> Tensor:
+        norms = gradient.detach().flatten(1).float().norm(dim=1) * len(gradient) / scales[-1].float()
+        if report is not None:
+            report(norms)
+        if limit is None:
+            return gradient
+        factors = (limit / norms.clamp(min=limit)).to(gradient.dtype)
+        return gradient * factors.view(-1, *[1] * (gradient.ndim - 1))
+
+    latents.register_hook(limited)

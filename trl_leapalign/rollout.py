@@ -44,6 +44,8 @@ class RolloutOutput:
         weights (Tensor): loss weight of each sample, shape (B,), detached.
         active_steps (tuple[int, ...]): steps that ran with gradients, in sampling order, 0 = first (noisiest).
         metrics (dict[str, Tensor]): what the method reports, shape (B,) each, detached.
+        latents (tuple[Tensor, ...]): what each sampling loop ended with, shape (B, ...) as the pipeline packs it, with
+            the graph: all of the reward's gradient goes through it.
         penalty (Tensor | None): distance of each sample to the base model, shape (B,), with graph, where it is
             measured.
 
@@ -54,6 +56,7 @@ class RolloutOutput:
     weights: Tensor
     active_steps: tuple[int, ...]
     metrics: dict[str, Tensor]
+    latents: tuple[Tensor, ...]
     penalty: Tensor | None = None
 
 
@@ -167,6 +170,7 @@ class _Stream:
     entered: Tensor | None = None  # the latents that the next step was given, if they carry a graph
     clean: Tensor | None = None  # the sampler's result, while copies are taken
     last_output: Any = None  # of the scheduler
+    latest: Tensor | None = None  # what an inactive step, or at last the decoder, was given
 
     @property
     def num_to_take(self) -> int:
@@ -195,7 +199,8 @@ class _Stream:
                 )
             return scale_gradient(entered, self.scale)
         # Never the scheduler's own tensor: some pipelines write into their latents.
-        return entered.clone()
+        self.latest = entered.clone()
+        return self.latest
 
     def restored(self, latents: Tensor) -> Tensor:
         """The latents that a step was given, with the graph that they had before they went into the denoiser."""
@@ -405,6 +410,7 @@ class _Recorder:
             metrics={
                 key: torch.stack([outcome.metrics[key] for outcome in outcomes]).mean(0) for key in outcomes[0].metrics
             },
+            latents=tuple(stream.latest for stream in streams),
         )
 
 

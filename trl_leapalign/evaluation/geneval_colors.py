@@ -9,7 +9,7 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import AutoTokenizer, CLIPModel, PreTrainedTokenizerBase
 
-from ..rewards.clip import CLIP_MEAN, CLIP_STD
+from ..rewards.preprocessing import CLIP_MEAN, CLIP_STD
 from .geneval import Detection
 from .geneval_metadata import COLORS
 from .pretrained import load_pretrained
