@@ -266,7 +266,7 @@ def test_commands_that_cannot_run(arguments, message, module):
         main(arguments)
 
 
-@pytest.mark.parametrize("name", ["nowhere:redness", "mine:blackness", "redness"])
+@pytest.mark.parametrize("name", ["nowhere:redness", "mine:blackness", "redness", "mine:red ness"])
 def test_objects_that_are_not_there(name, module):
     with pytest.raises(ValueError, match=name):
         main(["train", *COMMON, "--reward", name])

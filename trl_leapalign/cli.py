@@ -33,7 +33,7 @@ class PipelineArguments:
     """What is trained, with which reward."""
 
     pipeline: str = field(metadata={"help": "Hub id or path of the pipeline, or MODULE:FUNCTION that returns one."})
-    reward: list[str] = field(metadata={"help": "Reward functions: MODULE:NAME each."})
+    reward: list[str] = field(metadata={"help": "Reward functions: names of built-in ones, or MODULE:NAME."})
 
 
 @dataclass
@@ -94,7 +94,7 @@ def train(options: list[str]) -> None:
     lora = read_dict("lora", arguments.lora)
     trainer = LeapAlignTrainer(
         _object(arguments.pipeline)() if _is_object(arguments.pipeline) else arguments.pipeline,
-        [_object(name) for name in arguments.reward],
+        [_reward(name) for name in arguments.reward],
         replace(config, train_prompts=None, eval_prompts=None),
         train_dataset=_rows("train_prompts", config.train_prompts, config),
         eval_dataset=config.eval_prompts and _rows("eval_prompts", config.eval_prompts, config),
@@ -121,13 +121,13 @@ def compare(options: list[str]) -> None:
     logging.getLogger("trl_leapalign").setLevel(logging.INFO)
     comparison = Comparison(
         make_pipeline=_maker(arguments.pipeline, config),
-        reward=[_object(name) for name in arguments.reward],
+        reward=[_reward(name) for name in arguments.reward],
         config=config,
         runs=read_dict("runs", arguments.runs) or {name: {"method": name} for name in METHODS},
         train_rows=_rows("train_prompts", config.train_prompts, config),
         eval_rows=_rows("eval_prompts", config.eval_prompts, config),
         tuning_rows=arguments.tuning_prompts and _rows("tuning_prompts", arguments.tuning_prompts, config),
-        evaluators=arguments.evaluator and [_object(name) for name in arguments.evaluator],
+        evaluators=arguments.evaluator and [_reward(name) for name in arguments.evaluator],
         seeds=arguments.seeds,
         num_images=arguments.num_images,
         group_by=arguments.group_by,
@@ -163,6 +163,11 @@ def _object(name: str) -> Any:
         raise ValueError(
             f"There is no {name!r}: {error}. Modules are looked for here and among those installed."
         ) from error
+
+
+def _reward(name: str) -> Any:
+    """A reward function, or the name of a built-in reward."""
+    return _object(name) if ":" in name else name
 
 
 def _maker(pipeline: str, config: LeapAlignConfig) -> Callable:
