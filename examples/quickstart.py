@@ -51,7 +51,7 @@ def main() -> None:
         pipeline,
         reward,
         training_config(arguments),
-        train_dataset=world.prompt_rows("train", per_tag=60),
+        train_dataset=training_rows(),
         callbacks=[progress],
     )
     trainer.train()
@@ -68,6 +68,16 @@ def main() -> None:
     write_results(output / "results.json", arguments, before, after, seconds)
     check_adapter(output, rows[:24], images_after[:24])
     print(f"Look at {output / 'before_after.png'} and {output / 'reward.png'}.")
+
+
+def training_rows() -> list[world.Row]:
+    """Prompts of five tasks, those that name a colour twice.
+
+    Where the colour is open, training comes to prefer some: the named ones hold against that. Attribute binding is left
+    out: of its colours and shapes, training sees half the pairs, and would learn to draw these in place of the others.
+    """
+    rows = [row for row in world.prompt_rows("train", per_tag=60) if row["tag"] != "color_attr"]
+    return rows + [row for row in rows if row["tag"] == "colors"]
 
 
 def reward(images: Tensor, prompts: list[str], metadata: list[world.Row]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -87,7 +97,9 @@ def training_config(arguments: argparse.Namespace) -> LeapAlignConfig:
         per_device_train_batch_size=24,
         learning_rate=arguments.learning_rate,
         adam_beta2=0.95,
-        max_grad_norm=0.1,  # now and then one picture's gradient is fifty times the others'
+        max_grad_norm=0.1,
+        max_sample_grad_norm=0.06,  # a nearly empty picture's gradient is a hundred times the others'
+        base_penalty=0.04,
         ema_decay=0.97,
         method_kwargs={"pairs_per_rollout": 2},
         sample_num_steps=8,  # of 12 in evaluation

@@ -29,24 +29,18 @@ options from YAML. Where an object is asked for, MODULE:NAME is what Python find
 
 
 @dataclass
-class PipelineArguments:
-    """What is trained, with which reward."""
+class TrainArguments:
+    """Arguments of `trl-leapalign train`: what is trained, with which reward."""
 
     pipeline: str = field(metadata={"help": "Hub id or path of the pipeline, or MODULE:FUNCTION that returns one."})
     reward: list[str] = field(metadata={"help": "Reward functions: names of built-in ones, or MODULE:NAME."})
-
-
-@dataclass
-class TrainArguments(PipelineArguments):
-    """Arguments of `trl-leapalign train`."""
-
     lora: dict[str, Any] | str | None = field(
         default=None, metadata={"help": 'Arguments of peft.LoraConfig, such as `{"r": 64}`. None is the default LoRA.'}
     )
 
 
 @dataclass
-class CompareArguments(PipelineArguments):
+class CompareArguments(TrainArguments):
     """Arguments of `trl-leapalign compare`."""
 
     runs: dict[str, Any] | str | None = field(
@@ -91,14 +85,13 @@ def train(options: list[str]) -> None:
     from .leapalign_trainer import LeapAlignTrainer
 
     arguments, config = _parse(TrainArguments, options)
-    lora = read_dict("lora", arguments.lora)
     trainer = LeapAlignTrainer(
         _object(arguments.pipeline)() if _is_object(arguments.pipeline) else arguments.pipeline,
         [_reward(name) for name in arguments.reward],
         replace(config, train_prompts=None, eval_prompts=None),
         train_dataset=_rows("train_prompts", config.train_prompts, config),
-        eval_dataset=config.eval_prompts and _rows("eval_prompts", config.eval_prompts, config),
-        peft_config=LoraConfig(**lora) if lora else None,
+        eval_dataset=config.eval_prompts and _rows("eval_prompts", config.eval_prompts, config, "test"),
+        peft_config=_lora(arguments),
     )
     trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
     trainer.save_model()
@@ -117,6 +110,9 @@ def compare(options: list[str]) -> None:
             sys.exit(f"error: there is no {SHAPES} here. Pass --pipeline, --reward and prompts, or --config FILE.")
         options = ["--config", SHAPES, *options]
     arguments, config = _parse(CompareArguments, options)
+    for name, instead in NOT_COMPARED.items():
+        if getattr(config, name) != LeapAlignConfig.__dataclass_fields__[name].default:
+            sys.exit(f"error: compare does not take --{name}. {instead}")
     logging.basicConfig(format="%(message)s")
     logging.getLogger("trl_leapalign").setLevel(logging.INFO)
     comparison = Comparison(
@@ -125,7 +121,7 @@ def compare(options: list[str]) -> None:
         config=config,
         runs=read_dict("runs", arguments.runs) or {name: {"method": name} for name in METHODS},
         train_rows=_rows("train_prompts", config.train_prompts, config),
-        eval_rows=_rows("eval_prompts", config.eval_prompts, config),
+        eval_rows=_rows("eval_prompts", config.eval_prompts, config, "test"),
         tuning_rows=arguments.tuning_prompts and _rows("tuning_prompts", arguments.tuning_prompts, config),
         evaluators=arguments.evaluator and [_reward(name) for name in arguments.evaluator],
         seeds=arguments.seeds,
@@ -133,11 +129,19 @@ def compare(options: list[str]) -> None:
         group_by=arguments.group_by,
         train_seconds=arguments.train_seconds,
         learning_rates=arguments.learning_rates or (),
+        peft_config=_lora(arguments),
     )
     report = comparison.run()
     print(report.read_text(encoding="utf-8"))
     print(f"The report is {report}.")
 
+
+NOT_COMPARED = {
+    "seed": "Set --seeds.",
+    "resume_from_checkpoint": "It goes on with the runs that are not done yet by itself.",
+    "push_to_hub": "Train the run that you choose with `trl-leapalign train`.",
+    "eval_strategy": "Each run is judged once, after training.",
+}
 
 COMMANDS = {"train": train, "compare": compare}
 
@@ -170,16 +174,21 @@ def _reward(name: str) -> Any:
     return _object(name) if ":" in name else name
 
 
+def _lora(arguments: TrainArguments) -> LoraConfig | None:
+    settings = read_dict("lora", arguments.lora)
+    return LoraConfig(**settings) if settings else None
+
+
 def _maker(pipeline: str, config: LeapAlignConfig) -> Callable:
     if _is_object(pipeline):
         return _object(pipeline)
     return lambda: load_pipeline(pipeline, config.device, config.model_init_kwargs)
 
 
-def _rows(option: str, source: str | None, config: LeapAlignConfig) -> Sequence[dict[str, Any]]:
+def _rows(option: str, source: str | None, config: LeapAlignConfig, split: str = "train") -> Sequence[dict[str, Any]]:
     if source is None:
         raise ValueError(f"There are no prompts: set {option}.")
-    return load_prompts(_object(source)() if _is_object(source) else source, config.prompt_column)
+    return load_prompts(_object(source)() if _is_object(source) else source, config.prompt_column, split)
 
 
 if __name__ == "__main__":

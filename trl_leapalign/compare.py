@@ -1,17 +1,23 @@
 """Trains several methods, or settings of one, on the same prompts and seeds, and judges them on the same images."""
 
+import gc
+import hashlib
 import json
 import logging
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from diffusers import DiffusionPipeline
 from diffusers.utils import numpy_to_pil
+from peft import LoraConfig
 from torch import Tensor
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
@@ -25,10 +31,15 @@ from .scoring import score_pipeline
 
 logger = logging.getLogger(__name__)
 
-KEPT = ("step", "reward", "grad_norm", "loss", "seconds_per_step", "d_j", "d_0", "eval_reward")
+KEPT = ("step", "reward", "grad_norm", "loss", "seconds_per_step", "d_j", "d_0")
 """Of what training logs."""
-GIVEN = ("output_dir", "seed", "train_prompts", "eval_prompts", "model_init_kwargs")
-"""Settings that a comparison makes itself, so no run can have its own."""
+GIVEN: dict[str, Any] = {
+    **dict.fromkeys(("output_dir", "seed", "train_prompts", "eval_prompts", "model_init_kwargs")),
+    **{"logging_strategy": "steps", "logging_steps": 1, "eval_strategy": "no"},
+}
+"""Settings that a comparison makes itself."""
+SHARED = (*GIVEN, "num_train_epochs", "eval_num_steps", "per_device_eval_batch_size", "bf16", "fp16", "push_to_hub")
+"""Settings that no run can have for itself: those, and those by which all runs are judged."""
 
 
 @dataclass(frozen=True)
@@ -79,9 +90,11 @@ class Comparison:
             `tuning_seed`; the best is used.
         tuning_rows (Sequence[dict] | None): a third set of prompts.
         tuning_seed (int): of these trials.
+        peft_config (LoraConfig | None): the adapter of all runs; None is the trainer's default.
 
     Raises:
         ValueError: if the runs, seeds or learning rates cannot be compared.
+        ImportError: if matplotlib or scipy is not installed.
     """
 
     make_pipeline: Callable[[], DiffusionPipeline]
@@ -98,6 +111,7 @@ class Comparison:
     learning_rates: Sequence[float] = ()
     tuning_rows: Sequence[dict[str, Any]] | None = None
     tuning_seed: int = 1000
+    peft_config: LoraConfig | None = None
     judges: RewardSet = field(init=False)
 
     def __post_init__(self):
@@ -106,23 +120,28 @@ class Comparison:
                 f"runs={self.runs!r} must name at least one run: {{'leapalign': {{'method': 'leapalign'}}}}."
             )
         for name, settings in self.runs.items():
-            wrong = set(settings) & set(GIVEN)
+            wrong = set(settings) & set(SHARED)
             if name == BASE or "/" in name or wrong:
                 raise ValueError(
                     f"The run {name!r} with {settings} cannot be compared: it is called {BASE!r}, has a "
-                    f"slash in its name, or sets what all runs share ({', '.join(GIVEN)})."
+                    f"slash in its name, or sets what all runs share ({', '.join(SHARED)})."
                 )
             self.config_of(Job(name, self.tuning_seed))
+            if settings.get("full_finetuning") and "learning_rate" not in settings and not self.learning_rates:
+                raise ValueError(f"The run {name!r} trains all weights: set its learning_rate, such as 1e-5.")
         if not self.seeds or len(set(self.seeds)) < len(self.seeds) or self.tuning_seed in self.seeds:
             raise ValueError(f"seeds={list(self.seeds)} must differ, and not be the tuning seed {self.tuning_seed}.")
         if self.train_seconds is not None:
             Range(0, excluded=True).check("train_seconds", self.train_seconds)
         if self.learning_rates and self.tuning_rows is None:
             raise ValueError("learning_rates are chosen on prompts of their own: set tuning_rows.")
+        if missing := [name for name in ("matplotlib", "scipy") if find_spec(name) is None]:
+            raise ImportError(f'The report needs {" and ".join(missing)}: pip install "trl-leapalign[compare]".')
         if self.group_by is not None and any(self.group_by not in row for row in self.eval_rows):
             raise ValueError(f"group_by={self.group_by!r} is no column of all prompts to judge on.")
-        judges = self.reward if self.evaluators is None else list(self.evaluators)
-        object.__setattr__(self, "judges", RewardSet(judges))
+        rewards = RewardSet(self.reward, self.config.reward_weights, self.config.reward_threshold)
+        object.__setattr__(self, "reward", rewards.functions)
+        object.__setattr__(self, "judges", RewardSet(rewards.functions if self.evaluators is None else self.evaluators))
 
     @property
     def output_dir(self) -> Path:
@@ -135,7 +154,7 @@ class Comparison:
             TypeError: if it sets something that `LeapAlignConfig` does not have.
             ValueError: if a setting is out of range.
         """
-        own = dict.fromkeys(GIVEN) | {"output_dir": str(self.output_dir / job.folder), "seed": job.seed}
+        own = GIVEN | {"output_dir": str(self.output_dir / job.folder), "seed": job.seed}
         return replace(self.config, **self.settings_of(job), **own)
 
     def settings_of(self, job: Job) -> dict[str, Any]:
@@ -156,14 +175,20 @@ class Comparison:
         for name in self.runs:
             learning_rate = self._tuned_learning_rate(name)
             results += [self._result(Job(name, seed, learning_rate)) for seed in self.seeds]
-        return write_report(self.output_dir, results)
+        if PartialState().is_main_process:
+            write_report(self.output_dir, results)
+        PartialState().wait_for_everyone()
+        return self.output_dir / "report.md"
 
     def _tuned_learning_rate(self, name: str) -> float | None:
         """The one of `learning_rates` with which the first evaluator is highest on `tuning_rows`."""
         if not self.learning_rates or "learning_rate" in self.runs[name]:
             return None
-        jobs = [Job(name, self.tuning_seed, rate, tuning=True) for rate in self.learning_rates]
-        return max(jobs, key=lambda job: self._result(job).overall).learning_rate
+        trials = {rate: self._result(Job(name, self.tuning_seed, rate, tuning=True)) for rate in self.learning_rates}
+        trained = {rate: trial.overall for rate, trial in trials.items() if not math.isnan(trial.overall)}
+        if not trained:
+            raise ValueError(f"The run {name!r} fails with each of learning_rates={list(trials)}. Try lower ones.")
+        return max(trained, key=trained.__getitem__)
 
     def _result(self, job: Job) -> Result:
         """Train and judge once, unless that is done already."""
@@ -171,7 +196,7 @@ class Comparison:
         directory.mkdir(parents=True, exist_ok=True)
         made_with = self._made_with(job)
         path, settings_path = directory / "result.json", directory / "settings.json"
-        if path.exists():
+        if _agreed(path.exists()):
             before = json.loads(settings_path.read_text(encoding="utf-8"))
             changed = sorted(key for key in before.keys() | made_with.keys() if before.get(key) != made_with.get(key))
             if changed:
@@ -188,9 +213,17 @@ class Comparison:
         return result
 
     def _made_with(self, job: Job) -> dict[str, Any]:
-        """All that a result follows from and that JSON can hold."""
-        known = {"num_images": self.num_images, "train_seconds": self.train_seconds, "judges": self.judges.names}
+        """What a result follows from, as far as JSON can hold it."""
+        names = RewardSet(self.reward).names
+        known = {
+            "judges": self.judges.names,
+            "judged_rows": _fingerprint(self.tuning_rows if job.tuning else self.eval_rows),
+            "num_images": self.num_images,
+            "group_by": self.group_by,
+            "call": self.config.call_kwargs(self.config.eval_num_steps),
+        }
         if job.seed is not None:
+            known |= {"reward": names, "train_rows": _fingerprint(self.train_rows), "train_seconds": self.train_seconds}
             known |= self.config_of(job).to_dict()
         return json.loads(json.dumps(known, default=str))
 
@@ -198,18 +231,31 @@ class Comparison:
         start = time.perf_counter()
         pipeline = self.make_pipeline().to(self.config.device)
         self.judges.prepare(self.config.device)
-        history = [] if job.seed is None else self._train(pipeline, self.config_of(job))
+        history, failed = [], False
+        if job.seed is not None:
+            try:
+                history = self._train(pipeline, self.config_of(job))
+            except FloatingPointError as error:
+                if not job.tuning:
+                    raise
+                logger.warning(f"{job.folder}: {error}")
+                failed = True
         scores, groups = self._score(pipeline, directory, self.tuning_rows if job.tuning else self.eval_rows)
+        if failed:
+            scores = {name: [math.nan] * len(values) for name, values in scores.items()}
         result = Result(job.name, job.seed, self.settings_of(job), history, scores, groups)
         logger.info(
             f"{job.folder}: {self.judges.names[0]} {result.overall:.3f} after {result.updates} updates, "
             f"{time.perf_counter() - start:.0f} s"
         )
+        del pipeline
+        _free_memory()
         return result
 
     def _train(self, pipeline: DiffusionPipeline, config: LeapAlignConfig) -> list[dict[str, float]]:
         limit = [] if self.train_seconds is None else [TimeLimit(self.train_seconds)]
-        trainer = LeapAlignTrainer(pipeline, self.reward, config, train_dataset=self.train_rows, callbacks=limit)
+        arguments = {"train_dataset": self.train_rows, "peft_config": self.peft_config, "callbacks": limit}
+        trainer = LeapAlignTrainer(pipeline, self.reward, config, **arguments)
         for callback in (PrinterCallback, ProgressCallback):
             trainer.remove_callback(callback)
         trainer.train()
@@ -261,4 +307,22 @@ class TimeLimit(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.left -= time.perf_counter() - self.start
-        control.should_training_stop |= self.left <= 0
+        control.should_training_stop |= _agreed(self.left <= 0)
+
+
+def _agreed(value: bool) -> bool:
+    """What the main process says, in all of them."""
+    return broadcast_object_list([value])[0]
+
+
+def _fingerprint(rows: Sequence[dict[str, Any]]) -> str:
+    text = json.dumps([dict(row) for row in rows], default=str, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _free_memory() -> None:
+    """Trainers and pipelines hold each other, and CUDA does not ask the garbage collector for its memory."""
+    for _ in range(2):
+        gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -182,7 +182,8 @@ class LeapAlignTrainer(Trainer):
         loss = reward_loss(
             scores.rewards, output.weights.to(scores.rewards.dtype), self.rewards.weights, self.rewards.thresholds
         )
-        for number, latents in enumerate(output.latents if loss.requires_grad else ()):
+        trained = [latents for latents in output.latents if latents.requires_grad and loss.requires_grad]
+        for number, latents in enumerate(trained):
             name = "sample_grad_norm" if number == 0 else f"sample_grad_norm_{number}"
             report = partial(self._record_norms, name)
             limit_sample_gradients(loss, latents, self.args.max_sample_grad_norm, report)

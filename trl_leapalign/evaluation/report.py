@@ -1,6 +1,7 @@
 """Tables, curves and a sheet of images from the results of several runs."""
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,12 +48,12 @@ class Result:
         return times
 
     def by_group(self, evaluator: str | None = None) -> dict[str, float]:
-        """Mean score of each group; None is the first evaluator."""
+        """Mean score of each group, without images that have none (NaN); None is the first evaluator."""
         values = self.scores[evaluator or next(iter(self.scores))]
         chosen: dict[str, list[float]] = {}
         for group, value in zip(self.groups, values, strict=True):
-            chosen.setdefault(group, []).append(value)
-        return {group: fmean(each) for group, each in chosen.items()}
+            chosen.setdefault(group, []).extend([value] if math.isfinite(value) else [])
+        return {group: fmean(each) if each else math.nan for group, each in chosen.items()}
 
     @property
     def overall(self) -> float:
@@ -121,6 +122,9 @@ def _row(results: Sequence[Result]) -> dict[str, Summary]:
     else:
         columns = {evaluator: next(iter(columns.values()))}
     columns |= {other: [fmean(result.by_group(other).values()) for result in results] for other in others}
+    missing = [sum(not math.isfinite(value) for value in result.scores[evaluator]) for result in results]
+    if any(missing):
+        columns["images without score"] = missing
     columns["updates"] = [result.updates for result in results]
     columns["seconds"] = [result.seconds[-1] if result.history else 0.0 for result in results]
     return {column: Summary.of(values) for column, values in columns.items()}

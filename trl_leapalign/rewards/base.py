@@ -112,7 +112,7 @@ class RewardSet:
                     "alone, or (rewards, dict)."
                 )
             check_rewards(rewards, images, name)
-            rows.append(rewards.to(torch.promote_types(rewards.dtype, torch.float32)))
+            rows.append(rewards.to(images.device, torch.promote_types(rewards.dtype, torch.float32)))
             if len(self.functions) > 1:
                 metrics[f"rewards/{name}"] = rows[-1].detach()
             details[name] = {key: _detach(value) for key, value in extra.items()}
