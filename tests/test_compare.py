@@ -118,6 +118,44 @@ def test_results_of_other_settings_are_refused(report):
         comparison(report.parent, config=make_config(report.parent, max_steps=3, eval_num_steps=4)).run()
 
 
+@pytest.mark.parametrize(
+    ("options", "changed"),
+    [
+        ({"reward": blueness}, "reward"),
+        ({"train_rows": TRAIN[:2]}, "train_rows"),
+        ({"eval_rows": EVAL[::-1]}, "judged_rows"),
+        ({"group_by": None}, "group_by"),
+        ({"evaluators": [redness]}, "judges"),
+        ({"train_seconds": 100.0}, "train_seconds"),
+    ],
+)
+def test_results_of_another_experiment_are_refused(report, options, changed):
+    with pytest.raises(ValueError, match=f"{changed} changed"):
+        comparison(report.parent, **options).run()
+
+
+def test_steps_of_the_evaluation_belong_to_all_results(report):
+    with pytest.raises(ValueError, match="runs/base holds the result of other settings: call changed"):
+        comparison(report.parent, config=make_config(report.parent, max_steps=2, eval_num_steps=5)).run()
+
+
+def test_a_learning_rate_that_fails_is_not_chosen(tmp_path):
+    options = {"learning_rates": [1e30, 1e-3], "tuning_rows": EVAL[:1], "seeds": [0], "num_images": None}
+    comparison(tmp_path, runs={"leapalign": {}}, group_by=None, **options).run()
+    chosen = json.loads((tmp_path / "runs/leapalign/seed_0/result.json").read_text())["settings"]
+    assert chosen == {"learning_rate": 1e-3}
+    with pytest.raises(ValueError, match="fails with each of learning_rates"):
+        comparison(
+            tmp_path / "all", runs={"leapalign": {}}, group_by=None, **{**options, "learning_rates": [1e30]}
+        ).run()
+
+
+def test_images_without_a_score_are_left_out():
+    result = Result("a", 0, {}, [], {"r": [1.0, float("nan"), 3.0, float("nan")]}, ["x", "x", "x", "y"])
+    assert result.by_group()["x"] == 2.0
+    assert result.by_group()["y"] != result.by_group()["y"]
+
+
 def test_the_best_learning_rate_on_the_tuning_prompts_is_used(tmp_path):
     rates = [1e-3, 3e-2, 1e-2]
     options = {"learning_rates": rates, "tuning_rows": EVAL[:1], "seeds": [0], "num_images": None, "group_by": None}
@@ -169,6 +207,8 @@ def test_time_limit_counts_updates_alone(monkeypatch):
         ({"learning_rates": [1e-3]}, "tuning_rows"),
         ({"group_by": "tag"}, "group_by='tag'"),
         ({"evaluators": []}, "no reward"),
+        ({"runs": {"a": {"eval_num_steps": 3}}}, "cannot be compared"),
+        ({"runs": {"a": {"full_finetuning": True}}}, "set its learning_rate"),
     ],
 )
 def test_bad_input(options, message, tmp_path):
@@ -259,6 +299,8 @@ def test_train_on_the_command_line(module):
     [
         (["compare"], "there is no examples/shapes/compare.yaml here"),
         (["tran"], "unknown command 'tran'"),
+        (["compare", *COMMON, "--output_dir", "out", "--seed", "3"], "Set --seeds"),
+        (["compare", *COMMON, "--output_dir", "out", "--push_to_hub", "True"], "does not take --push_to_hub"),
     ],
 )
 def test_commands_that_cannot_run(arguments, message, module):

@@ -10,7 +10,17 @@ from safetensors.torch import save_file
 
 from examples.tiny import tiny_tokenizer
 from trl_leapalign import LeapAlignConfig
-from trl_leapalign.rewards import REWARDS, CLIPScore, HPSv2, HPSv3, ImageReward, RewardSet, builtin, load_reward
+from trl_leapalign.rewards import (
+    CLIPReward,
+    REWARDS,
+    CLIPScore,
+    HPSv2,
+    HPSv3,
+    ImageReward,
+    RewardSet,
+    builtin,
+    load_reward,
+)
 from trl_leapalign.rewards.weights import find_file, load_tokenizer, read_weights
 
 
@@ -100,6 +110,13 @@ def test_folders_without_what_is_needed(tmp_path):
         CLIPScore.from_pretrained(tmp_path, tokenizer=tiny_tokenizer())
     with pytest.raises(ValueError, match=rf"The folder {tmp_path} holds no tokenizer: "):
         load_tokenizer(tmp_path)
+
+
+def test_a_model_without_the_files_of_its_tokenizer(tmp_path):
+    """transformers makes a tokenizer of two tokens from the model's config."""
+    clip_model().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="holds a tokenizer without words"):
+        CLIPReward.from_pretrained(tmp_path)
 
 
 # By name

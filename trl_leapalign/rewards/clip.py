@@ -85,7 +85,8 @@ class CLIPReward(RewardModel):
         if source is None:
             raise ValueError(f"{cls.__name__} has no model of its own. Pass path_or_id.")
         model = load_model(CLIPModel, source, revision=revision)
-        return cls(model, load_tokenizer(tokenizer or cls.tokenizer_id or source), **settings)
+        own = tokenizer or cls.tokenizer_id
+        return cls(model, load_tokenizer(own) if own else load_tokenizer(source, revision), **settings)
 
     def preprocess(self, images: Tensor) -> Tensor:
         """Turn images into the model's pixels, with gradients.

@@ -191,16 +191,22 @@ def load_tokenizer(tokenizer: str | Path | PreTrainedTokenizerBase, revision: st
 
     Raises:
         FileNotFoundError: if it is neither on disk nor to be had from the Hub.
-        ValueError: if the folder holds none.
+        ValueError: if the folder holds none: transformers makes an empty one from the model's config.
     """
     if isinstance(tokenizer, PreTrainedTokenizerBase):
         return tokenizer
     try:
-        return AutoTokenizer.from_pretrained(str(tokenizer), revision=revision or "main")
+        loaded = AutoTokenizer.from_pretrained(str(tokenizer), revision=revision or "main")
     except (OSError, ValueError) as error:
         if Path(tokenizer).exists():
             raise ValueError(f"The folder {tokenizer} holds no tokenizer: {str(error).splitlines()[0]}") from error
         raise FileNotFoundError(_how_to_get(str(tokenizer), None, argument="tokenizer")) from error
+    if len(loaded) <= len(set(loaded.all_special_tokens)):
+        raise ValueError(
+            f"{tokenizer} holds a tokenizer without words, to which all prompts are the same. Add the files of the "
+            "model's tokenizer, or pass it as tokenizer."
+        )
+    return loaded
 
 
 def _how_to_get(source: str, filename: str | None, argument: str = "path_or_id") -> str:
