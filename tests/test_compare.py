@@ -141,7 +141,8 @@ def test_steps_of_the_evaluation_belong_to_all_results(report):
 
 def test_a_learning_rate_that_fails_is_not_chosen(tmp_path):
     options = {"learning_rates": [1e30, 1e-3], "tuning_rows": EVAL[:1], "seeds": [0], "num_images": None}
-    comparison(tmp_path, runs={"leapalign": {}}, group_by=None, **options).run()
+    options |= {"runs": {"leapalign": {}}, "group_by": None}
+    comparison(tmp_path, **options).run()
     chosen = json.loads((tmp_path / "runs/leapalign/seed_0/result.json").read_text())["settings"]
     assert chosen == {"learning_rate": 1e-3}
     with pytest.raises(ValueError, match="fails with each of learning_rates"):

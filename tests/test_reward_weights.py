@@ -11,8 +11,8 @@ from safetensors.torch import save_file
 from examples.tiny import tiny_tokenizer
 from trl_leapalign import LeapAlignConfig
 from trl_leapalign.rewards import (
-    CLIPReward,
     REWARDS,
+    CLIPReward,
     CLIPScore,
     HPSv2,
     HPSv3,
