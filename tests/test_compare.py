@@ -7,9 +7,9 @@ from statistics import fmean
 import pytest
 import torch
 from scipy import stats
+from training_cases import blueness, make_config, make_trainer, redness
 
 from examples.tiny import tiny_flux
-from tests.training_cases import blueness, make_config, make_trainer, redness
 from trl_leapalign.cli import main
 from trl_leapalign.compare import Comparison, TimeLimit
 from trl_leapalign.evaluation.report import Result, Summary, write_report

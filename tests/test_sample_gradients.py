@@ -2,8 +2,8 @@
 
 import pytest
 import torch
+from training_cases import make_config, make_trainer, relative_error
 
-from tests.training_cases import make_config, make_trainer, relative_error
 from trl_leapalign.losses import limit_sample_gradients
 
 
