@@ -33,7 +33,7 @@ ALLOWED = {
     "model_card": set(),
     "metrics": set(),
     "scoring": {"rewards", "sampling", "prompts"},
-    "evaluation": {"evaluation", "rewards"},
+    "evaluation": {"evaluation", "rewards", "pipelines", "prompts", "ranges", "rollout", "sampling"},
 }
 FREE = {"__init__", "leapalign_trainer", "compare", "cli", "__main__"}
 

@@ -30,6 +30,7 @@ def load_adapter(pipeline: DiffusionPipeline, adapter: str | Path) -> None:
         raise ValueError(f"There is no adapter {name!r}: it is neither a file, a folder, nor the id of a repository.")
     if not hasattr(pipeline, "load_lora_weights"):
         raise ValueError(f"{kind} cannot load the adapter {name!r}: it has no load_lora_weights.")
+    before = _adapters(pipeline)
     try:
         loaded = pipeline.lora_state_dict(name)
         pipeline.load_lora_weights(name)
@@ -38,18 +39,27 @@ def load_adapter(pipeline: DiffusionPipeline, adapter: str | Path) -> None:
             f"The adapter {name!r} cannot be loaded into {kind}: {error} Pass the folder that save_model wrote for this "
             "pipeline, a file of LoRA weights, or a repository on the Hub."
         ) from error
-    _check_all_used(pipeline, loaded[0] if isinstance(loaded, tuple) else loaded, name)
+    weights = loaded[0] if isinstance(loaded, tuple) else loaded
+    _check_all_used(pipeline, weights, _adapters(pipeline) - before, name)
 
 
-def _check_all_used(pipeline: DiffusionPipeline, weights: dict, name: str) -> None:
+def _adapters(pipeline: DiffusionPipeline) -> set[tuple[str, str]]:
+    """Component and name of each adapter."""
+    modules = modules_of(pipeline)
+    return {(component, name) for component in modules for name in getattr(modules[component], "peft_config", {})}
+
+
+def _check_all_used(pipeline: DiffusionPipeline, weights: dict, added: set[tuple[str, str]], name: str) -> None:
     """Whether each weight of the file went somewhere. Names in older formats are translated, so cannot be compared."""
     used = set()
-    for component, module in modules_of(pipeline).items():
-        for adapter in getattr(module, "peft_config", {}):
-            used |= {f"{component}.{key}" for key in get_peft_model_state_dict(module, adapter_name=adapter)}
+    for component, adapter in added:
+        own = get_peft_model_state_dict(modules_of(pipeline)[component], adapter_name=adapter)
+        used |= {f"{component}.{key}" for key in own}
     unused = sorted(key for key in weights if re.search(r"\.lora_[AB]\.", key) and key not in used)
     if unused or not used:
-        example = f" {len(unused)} of its {len(weights)} weights, such as {unused[0]}, have no place there." * bool(unused)
+        example = f" {len(unused)} of its {len(weights)} weights, such as {unused[0]}, have no place there." * bool(
+            unused
+        )
         raise ValueError(
             f"The adapter {name!r} does not fit {type(pipeline).__name__}.{example} It was trained for another model: "
             "pass the one that it belongs to as pipeline."

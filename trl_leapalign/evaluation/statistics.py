@@ -42,6 +42,10 @@ class Estimate:
         return f"{self.mean:.4g}" + ("" if math.isnan(self.standard_error) else f" ± {self.standard_error:.2g}")
 
 
+UNKNOWN = Estimate(math.nan, math.nan, math.nan, 0, 0)
+"""Mean of nothing."""
+
+
 def clustered_mean(values: Sequence[float], clusters: Sequence[str]) -> Estimate:
     """Average values and give the standard error that is clustered: values of one cluster may depend on each other.
 
@@ -58,7 +62,7 @@ def clustered_mean(values: Sequence[float], clusters: Sequence[str]) -> Estimate
     """
     kept = [(value, cluster) for value, cluster in zip(values, clusters, strict=True) if not math.isnan(value)]
     if not kept:
-        return Estimate(math.nan, math.nan, math.nan, 0, 0)
+        return UNKNOWN
     mean = math.fsum(value for value, _ in kept) / len(kept)
     residuals: dict[str, float] = {}
     for value, cluster in kept:
