@@ -22,9 +22,10 @@ USAGE = f"""usage: trl-leapalign COMMAND [options]
 commands:
   train     train a pipeline with a reward
   compare   train several methods on the same prompts and seeds, and judge them ({SHAPES} by default)
+  evaluate  score a pipeline on prompts, with or without an adapter, or compare evaluations that are there
 
-trl-leapalign COMMAND --help tells the options, of which all settings of LeapAlignConfig are some. --config FILE reads
-options from YAML. Where an object is asked for, MODULE:NAME is what Python finds under that name, from here.
+trl-leapalign COMMAND --help tells the options; those of train and compare are also all settings of LeapAlignConfig.
+--config FILE reads options from YAML. Where an object is asked for, MODULE:NAME is what Python finds under that name, from here.
 """
 
 
@@ -68,6 +69,51 @@ class CompareArguments(PipelineArguments):
         default=None, metadata={"help": "Tried for each run that sets none, on tuning_prompts; the best is used."}
     )
     tuning_prompts: str | None = field(default=None, metadata={"help": "Prompts to choose the learning rate on."})
+
+
+@dataclass
+class EvaluateArguments:
+    """Arguments of `trl-leapalign evaluate`."""
+
+    pipeline: str | None = field(
+        default=None, metadata={"help": "Hub id or path of the pipeline, or MODULE:FUNCTION that returns one."}
+    )
+    adapter: str | None = field(default=None, metadata={"help": "LoRA to load: a folder, a file or a Hub id."})
+    prompts: str | None = field(
+        default=None,
+        metadata={
+            "help": "A file, Hub id or MODULE:FUNCTION of prompts; 'geneval' or a file of its metadata. HPDv2's test "
+            "prompts are not built in: pass them as a file, with the style as a column for group_by."
+        },
+    )
+    evaluators: list[str] | None = field(
+        default=None,
+        metadata={"help": "Names of built-in rewards, 'geneval', 'unifiedreward', or MODULE:NAME, called as rewards."},
+    )
+    output_dir: str | None = field(default=None, metadata={"help": "Where images, scores and tables go."})
+    images_per_prompt: int = field(default=4, metadata={"help": "Images of each prompt."})
+    seed: int = field(default=0, metadata={"help": "Of the noise."})
+    batch_size: int = field(default=1, metadata={"help": "Images sampled, or judged, at a time."})
+    num_inference_steps: int | None = field(default=None, metadata={"help": "Steps. None is the pipeline's default."})
+    guidance_scale: float | None = field(default=None, metadata={"help": "Strength of guidance."})
+    height: int | None = field(default=None, metadata={"help": "Of the images, in pixels."})
+    width: int | None = field(default=None, metadata={"help": "Of the images, in pixels."})
+    call_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Other arguments of the pipeline's call, JSON."}
+    )
+    group_by: str | None = field(default=None, metadata={"help": "Column of the prompts that scores are split by."})
+    prompt_column: str = field(default="prompt", metadata={"help": "Column that holds the prompt."})
+    geneval_detector: str | None = field(
+        default=None, metadata={"help": "Detector of 'geneval', which has no default: see docs/geneval.md."}
+    )
+    evaluator_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={"help": 'By evaluator, how it is loaded, JSON: `{"unifiedreward": {"score": "style"}}`.'},
+    )
+    compare: list[str] | None = field(
+        default=None,
+        metadata={"help": "Evaluate nothing, but compare these output folders with the first of them."},
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -139,7 +185,80 @@ def compare(options: list[str]) -> None:
     print(f"The report is {report}.")
 
 
-COMMANDS = {"train": train, "compare": compare}
+def evaluate(options: list[str]) -> None:
+    """Evaluate a pipeline, or compare evaluations, and print the table."""
+    from accelerate import PartialState
+    from trl import TrlParser
+
+    from .evaluation import compare_evaluations
+    from .evaluation import evaluate as run
+
+    [arguments] = TrlParser(EvaluateArguments).parse_args_and_config(options)
+    if arguments.compare:
+        comparison = compare_evaluations(arguments.compare)
+        print(comparison.markdown())
+        if arguments.output_dir:
+            print(f"The table is {comparison.write(arguments.output_dir)}.")
+        return
+    missing = [name for name in ("pipeline", "prompts", "evaluators", "output_dir") if not getattr(arguments, name)]
+    if missing:
+        sys.exit(f"error: pass {', '.join(f'--{name}' for name in missing)}, or --compare DIR_A DIR_B.")
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("trl_leapalign").setLevel(logging.INFO)
+    evaluators, source = _evaluators(arguments), arguments.prompts
+    result = run(
+        _object(arguments.pipeline) if _is_object(arguments.pipeline) else arguments.pipeline,
+        _object(source)() if _is_object(source) else source,
+        evaluators,
+        arguments.output_dir,
+        adapter=arguments.adapter,
+        images_per_prompt=arguments.images_per_prompt,
+        seed=arguments.seed,
+        batch_size=arguments.batch_size,
+        call_kwargs=_call_kwargs(arguments),
+        group_by=arguments.group_by,
+        prompt_column=arguments.prompt_column,
+    )
+    if PartialState().is_main_process:
+        print(result.report.read_text(encoding="utf-8"))
+        print(f"The report is {result.report}.")
+
+
+COMMANDS = {"train": train, "compare": compare, "evaluate": evaluate}
+
+
+def _evaluators(arguments: EvaluateArguments) -> list[Any]:
+    """What the options name, checked but not loaded."""
+    from .evaluation import Evaluator, named_evaluator
+    from .evaluation.evaluators import callable_evaluator
+
+    settings = read_dict("evaluator_kwargs", arguments.evaluator_kwargs)
+    settings = {name: read_dict(f"evaluator_kwargs[{name!r}]", value) for name, value in settings.items()}
+    if arguments.geneval_detector is not None:
+        settings["geneval"] = {**settings.get("geneval", {}), "detector": arguments.geneval_detector}
+    unused = [name for name in settings if name not in arguments.evaluators or ":" in name]
+    if unused:
+        raise ValueError(f"Settings of {', '.join(unused)} have no effect: evaluators={arguments.evaluators}.")
+    found = []
+    for name in arguments.evaluators:
+        if ":" in name:
+            value = _object(name)
+            own = isinstance(value, Evaluator)
+            found.append(value if own else callable_evaluator(value, name.partition(":")[2]))
+        else:
+            found.append(named_evaluator(name, **settings.get(name, {})))
+    return found
+
+
+def _call_kwargs(arguments: EvaluateArguments) -> dict[str, Any]:
+    """Arguments of the pipeline's call, from the options that name some and the one for the rest."""
+    names = ("num_inference_steps", "guidance_scale", "height", "width")
+    given = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
+    others = read_dict("call_kwargs", arguments.call_kwargs)
+    twice = sorted(given.keys() & others.keys())
+    if twice:
+        raise ValueError(f"call_kwargs={others} sets {', '.join(twice)}, which has an option of its own. Set one.")
+    return {**given, **others}
 
 
 def _parse(kind: type, options: list[str]) -> tuple[Any, LeapAlignConfig]:

@@ -14,10 +14,11 @@ from accelerate.utils import gather_object
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from ..prompts import PromptSource, load_prompts
+from ..prompts import PromptSource
 from ..rewards import RewardSet
 from .evaluators import Evaluator, EvaluatorSource, as_evaluators
 from .generation import Generation, PipelineSource, weights_digest
+from .rows import load_rows
 from .settings import as_json, check_unchanged, read_json, write_json
 from .tables import (
     ALL,
@@ -75,7 +76,8 @@ def evaluate(
 
     Args:
         pipeline (PipelineSource): a pipeline, its Hub id or path, or a function that returns one.
-        rows (PromptSource): prompts with other columns, as `load_prompts` takes them.
+        rows (PromptSource): prompts with other columns: "geneval", a file of its metadata, or whatever
+            `load_prompts` takes.
         evaluators (EvaluatorSource | Sequence[EvaluatorSource]): names of `EVALUATORS`, callables of a reward's
             contract, or `Evaluator`s, which are loaded one after another.
         output_dir (str | Path): where images, scores and tables go.
@@ -94,8 +96,8 @@ def evaluate(
         TypeError: if something is of the wrong kind.
         ValueError: if something does not fit, or `output_dir` holds results of other settings.
     """
-    rows = [dict(row) for row in load_prompts(rows, prompt_column)]
     judges = as_evaluators(evaluators)
+    rows = load_rows(rows, prompt_column)
     for judge in judges:
         judge.check_rows(rows)
     if group_by is not None and any(group_by not in row for row in rows):

@@ -12,11 +12,11 @@ from .statistics import Estimate
 from .tables import ALL, Columns, cell, finite, group_means, read_table
 
 SHARED = ("prompts_sha256", "num_prompts", "images_per_prompt", "seed")
-"""Settings in which runs must agree: image i of each shows the same prompt and starts from the same random numbers."""
-NOTE = """Mean ± standard error, clustered by prompt. A difference is that of the run to the first one, image by image of
-the same prompt and noise; p is of the two-sided paired t-test over prompts (prompts - 1 degrees of freedom), not
-corrected for the number of tests. Images that either run has no score for are left out of the difference. For GenEval,
-groups are its tags, and "all" is the mean over the six."""
+"""Settings in which runs must agree, so that image i of each has the same prompt and the same random numbers."""
+NOTE = """Mean ± standard error, clustered by prompt. A difference is that of the run to the first one, image by image
+of the same prompt and noise; p is of the two-sided paired t-test (prompts - 1 degrees of freedom), not corrected for
+the number of tests. Images that either run has no score for are left out of the difference. For GenEval, groups are its
+tags, and "all" is the mean over the six."""
 
 
 @dataclass(frozen=True)

@@ -36,8 +36,8 @@ def load_adapter(pipeline: DiffusionPipeline, adapter: str | Path) -> None:
         pipeline.load_lora_weights(name)
     except FAILURES as error:
         raise ValueError(
-            f"The adapter {name!r} cannot be loaded into {kind}: {error} Pass the folder that save_model wrote for this "
-            "pipeline, a file of LoRA weights, or a repository on the Hub."
+            f"The adapter {name!r} cannot be loaded into {kind}: {error} Pass the folder that save_model wrote for "
+            "this pipeline, a file of LoRA weights, or a repository on the Hub."
         ) from error
     weights = loaded[0] if isinstance(loaded, tuple) else loaded
     _check_all_used(pipeline, weights, _adapters(pipeline) - before, name)

@@ -22,8 +22,8 @@ Columns: TypeAlias = dict[str, list]
 FIXED = ("number", "prompt", "group", "score")
 ALL = "all"
 """Name of the group of all images."""
-NOTE = """Mean ± standard error of the scores. The standard error is clustered by prompt: images of one prompt are alike,
-so it is that of the prompts' means if all have equally many images. Images without a score (NaN) are left out and
+NOTE = """Mean ± standard error of the scores. The standard error is clustered by prompt, as images of one prompt are
+alike: it is that of the prompts' means if all have equally many images. Images without a score (NaN) are left out and
 counted. For GenEval, groups are its tags, and "all" is the mean over the six; else it is the mean over all images."""
 
 
