@@ -29,6 +29,7 @@ ALLOWED = {
     "rollout_model": {"rollout", "methods", "sampling", "seeds", "base_penalty"},
     "leapalign_config": {"methods", "ranges"},
     "checks": {"adapters"},
+    "cli_arguments": {"leapalign_config"},
     "checkpoints": {"adapters"},
     "model_card": set(),
     "metrics": set(),
