@@ -378,8 +378,15 @@ def test_evaluators_of_the_wrong_kind(tmp_path):
         run(tmp_path, refuse, [PickScore])
     with pytest.raises(TypeError, match="called as reward"):
         run(tmp_path, refuse, [lambda images: images])
-    with pytest.raises(TypeError, match=r"'hpsv2.1' cannot be loaded with \{'verion': 3\}"):
+    with pytest.raises(TypeError, match=r"'hpsv2.1' has no settings verion\. It takes: .*version.*batch_size"):
         named_evaluator("hpsv2.1", verion=3)
+    for name, settings in {
+        "unifiedreward": {"source": "folder", "score": "style", "image_size": [512, 512]},
+        "geneval": {"detector": "folder", "color_classifier": "folder"},
+        "hpsv3": {"path_or_id": "folder", "instruction": "?", "batch_size": 1},
+        "pickscore": {"scale": "reference"},
+    }.items():
+        assert named_evaluator(name, **settings).settings == {"evaluator": name, **settings}
     with pytest.raises(ValueError, match="name 'a/b'"):
         Evaluator("a/b", refuse)
 
@@ -511,7 +518,7 @@ def test_the_command_line(module, adapter, capsys):
     assert sorted(path.name for path in Path("base/scores").iterdir()) == [
         "laziness.parquet", "pick.parquet", "redness.parquet"
     ]  # fmt: skip
-    assert "| redness | b |" in shown and shown.count("\n| ") == 10
+    assert "| redness | b |" in shown and shown.count("\n| ") == 9
     main(
         [
             "evaluate",

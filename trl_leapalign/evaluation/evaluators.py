@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, TypeAlias
 
 from ..rewards import REWARDS, RewardFunction, RewardSet
@@ -14,14 +15,10 @@ from .unified_reward import UnifiedReward
 UNIFIED_REWARD = "CodeGoat24/UnifiedReward-qwen-7b"
 
 
-def _unified_reward(source: str = UNIFIED_REWARD, **settings: Any) -> UnifiedReward:
-    return UnifiedReward.from_pretrained(source, **settings)
-
-
 EVALUATORS: dict[str, Callable[..., RewardFunction]] = {
     **REWARDS,
     "geneval": GenEval.from_pretrained,
-    "unifiedreward": _unified_reward,
+    "unifiedreward": partial(UnifiedReward.from_pretrained, source=UNIFIED_REWARD),
 }
 """What loads each evaluator that has a name."""
 
@@ -92,11 +89,22 @@ def named_evaluator(name: str, **settings: Any) -> Evaluator:
             "published one's file, or to facebook/mask2former-swin-small-coco-instance."
         )
     load = EVALUATORS[name]
-    try:
-        inspect.signature(load).bind(**settings)
-    except TypeError as error:
-        raise TypeError(f"The evaluator {name!r} cannot be loaded with {settings}: {error}.") from error
+    known = _settings_of(load)
+    unknown = sorted(settings.keys() - known)
+    if unknown:
+        raise TypeError(f"The evaluator {name!r} has no settings {', '.join(unknown)}. It takes: {', '.join(known)}.")
     return Evaluator(name, lambda: load(**settings), {"evaluator": name, **settings}, name == "geneval")
+
+
+def _settings_of(load: Callable[..., RewardFunction]) -> list[str]:
+    """What a `from_pretrained` takes, with what it hands on to the class."""
+    parameters = inspect.signature(load).parameters
+    names = [name for name, parameter in parameters.items() if parameter.kind is not parameter.VAR_KEYWORD]
+    if len(names) < len(parameters):
+        kind = (load.func if isinstance(load, partial) else load).__self__
+        handed_on = inspect.signature(kind).parameters.values()
+        names += [each.name for each in handed_on if each.default is not each.empty and each.name not in names]
+    return names
 
 
 def as_evaluators(sources: EvaluatorSource | Sequence[EvaluatorSource]) -> list[Evaluator]:

@@ -30,7 +30,7 @@ def load_adapter(pipeline: DiffusionPipeline, adapter: str | Path) -> None:
         raise ValueError(f"There is no adapter {name!r}: it is neither a file, a folder, nor the id of a repository.")
     if not hasattr(pipeline, "load_lora_weights"):
         raise ValueError(f"{kind} cannot load the adapter {name!r}: it has no load_lora_weights.")
-    before = _adapters(pipeline)
+    before, shapes = _adapters(pipeline), _shapes(pipeline)
     try:
         loaded = pipeline.lora_state_dict(name)
         pipeline.load_lora_weights(name)
@@ -40,6 +40,8 @@ def load_adapter(pipeline: DiffusionPipeline, adapter: str | Path) -> None:
             "this pipeline, a file of LoRA weights, or a repository on the Hub."
         ) from error
     weights = loaded[0] if isinstance(loaded, tuple) else loaded
+    if _shapes(pipeline) != shapes:  # diffusers widens layers for adapters of control models
+        raise ValueError(f"The adapter {name!r} does not fit {kind}: its layers are wider than the pipeline's own.")
     _check_all_used(pipeline, weights, _adapters(pipeline) - before, name)
 
 
@@ -47,6 +49,16 @@ def _adapters(pipeline: DiffusionPipeline) -> set[tuple[str, str]]:
     """Component and name of each adapter."""
     modules = modules_of(pipeline)
     return {(component, name) for component in modules for name in getattr(modules[component], "peft_config", {})}
+
+
+def _shapes(pipeline: DiffusionPipeline) -> dict[str, tuple[int, ...]]:
+    """Of the parameters that are no adapter's, by the names that they have without one."""
+    return {
+        f"{component}.{name}".replace(".base_layer.", "."): tuple(parameter.shape)
+        for component, module in modules_of(pipeline).items()
+        for name, parameter in module.named_parameters()
+        if "lora_" not in name
+    }
 
 
 def _check_all_used(pipeline: DiffusionPipeline, weights: dict, added: set[tuple[str, str]], name: str) -> None:
