@@ -2,6 +2,9 @@
 
 import json
 import math
+import multiprocessing
+import os
+import socket
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
 from diffusers import FlowMatchEulerDiscreteScheduler
 from peft import LoraConfig
 from PIL import Image
@@ -314,6 +319,39 @@ def test_a_group_may_be_called_all():
 def test_details_that_a_table_can_hold():
     details = {"score": torch.tensor([1, 2]), "boxes": [{}, {}], "some": ["a", None], "batch": 3, "three": [1, 2, 3]}
     assert details_of(details, 2) == [{"score_detail": 1.0, "some": "a"}, {"score_detail": 2.0}]
+
+
+def one_of_two(rank, port, directory):
+    """What one of two processes does: all, then again what has gone missing."""
+    distributed = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in distributed.items()})
+    PartialState._reset_state()
+    state = PartialState(cpu=True)
+    first = run(directory, evaluators=[blueness, unsure])
+    if state.is_main_process:
+        (directory / "images" / "00002.png").unlink()
+        (directory / "scores" / "unsure.parquet").unlink()
+    state.wait_for_everyone()
+    again = run(directory, evaluators=[blueness, unsure])
+    same = [repr(each) for each in gather_object([first.summaries, again.summaries])]
+    assert state.num_processes == 2 and len(set(same)) == 1
+    state.destroy_process_group()
+
+
+def test_two_processes_write_what_one_writes(evaluation, tmp_path):
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    context = multiprocessing.get_context("fork")  # what is imported need not be imported again
+    processes = [context.Process(target=one_of_two, args=(rank, port, tmp_path)) for rank in (0, 1)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(120)
+    assert [process.exitcode for process in processes] == [0, 0]
+    assert np.array_equal(pictures(tmp_path), pictures(evaluation.output_dir))
+    for name in ("blueness", "unsure"):
+        assert repr(scores_of(tmp_path, name)) == repr(scores_of(evaluation.output_dir, name))
 
 
 GENEVAL = [
