@@ -132,7 +132,8 @@ def _read_settings(directory: Path, generation: Generation, judges: Sequence[Eva
     for judge in judges:
         path = score_path(directory, judge.name)
         if path.exists():
-            check_unchanged(path, before["evaluators"][judge.name], as_json(judge.made_with), "delete that file")
+            known = before.get("evaluators", {}).get(judge.name, {})
+            check_unchanged(path, known, as_json(judge.made_with), "delete that file")
     PartialState().wait_for_everyone()
     return before
 

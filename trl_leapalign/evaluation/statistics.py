@@ -28,7 +28,7 @@ class Estimate:
         """Two-sided p-value of the t-test that the mean is 0; NaN if the standard error is not known.
 
         Raises:
-            ImportError: if scipy is not installed.
+            ImportError: if scipy is not installed (the extra `compare`).
         """
         from scipy import stats
 
