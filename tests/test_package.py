@@ -29,11 +29,12 @@ ALLOWED = {
     "rollout_model": {"rollout", "methods", "sampling", "seeds", "base_penalty"},
     "leapalign_config": {"methods", "ranges"},
     "checks": {"adapters"},
+    "cli_arguments": {"leapalign_config"},
     "checkpoints": {"adapters"},
     "model_card": set(),
     "metrics": set(),
     "scoring": {"rewards", "sampling", "prompts"},
-    "evaluation": {"evaluation", "rewards"},
+    "evaluation": {"evaluation", "rewards", "pipelines", "prompts", "ranges", "rollout", "sampling"},
 }
 FREE = {"__init__", "leapalign_trainer", "compare", "cli", "__main__"}
 

@@ -5,12 +5,13 @@ import logging
 import re
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from peft import LoraConfig
 
+from .cli_arguments import CompareArguments, EvaluateArguments, TrainArguments
 from .leapalign_config import LeapAlignConfig, read_dict
 from .methods import METHODS
 from .pipelines import load_pipeline
@@ -22,46 +23,12 @@ USAGE = f"""usage: trl-leapalign COMMAND [options]
 commands:
   train     train a pipeline with a reward
   compare   train several methods on the same prompts and seeds, and judge them ({SHAPES} by default)
+  evaluate  score a pipeline on prompts, with or without an adapter, or compare evaluations that are there
 
-trl-leapalign COMMAND --help tells the options, of which all settings of LeapAlignConfig are some. --config FILE reads
-options from YAML. Where an object is asked for, MODULE:NAME is what Python finds under that name, from here.
+trl-leapalign COMMAND --help tells the options; those of train and compare are also all settings of LeapAlignConfig.
+--config FILE reads options from YAML. Where an object is asked for, MODULE:NAME is what Python finds under that name,
+from here.
 """
-
-
-@dataclass
-class TrainArguments:
-    """Arguments of `trl-leapalign train`: what is trained, with which reward."""
-
-    pipeline: str = field(metadata={"help": "Hub id or path of the pipeline, or MODULE:FUNCTION that returns one."})
-    reward: list[str] = field(metadata={"help": "Reward functions: names of built-in ones, or MODULE:NAME."})
-    lora: dict[str, Any] | str | None = field(
-        default=None, metadata={"help": 'Arguments of peft.LoraConfig, such as `{"r": 64}`. None is the default LoRA.'}
-    )
-
-
-@dataclass
-class CompareArguments(TrainArguments):
-    """Arguments of `trl-leapalign compare`."""
-
-    runs: dict[str, Any] | str | None = field(
-        default=None,
-        metadata={
-            "help": 'By name, the settings in which a run differs: `{"refl": {"method": "refl"}}`. None is all methods.'
-        },
-    )
-    seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "Each run is trained with each."})
-    evaluator: list[str] | None = field(
-        default=None, metadata={"help": "What judges, called as rewards are; the first decides. None is the reward."}
-    )
-    num_images: int | None = field(default=None, metadata={"help": "Images to judge by. None is one a prompt."})
-    group_by: str | None = field(default=None, metadata={"help": "Column of the prompts that scores are split by."})
-    train_seconds: float | None = field(
-        default=None, metadata={"help": "Train for so long, at most max_steps updates, in place of max_steps updates."}
-    )
-    learning_rates: list[float] | None = field(
-        default=None, metadata={"help": "Tried for each run that sets none, on tuning_prompts; the best is used."}
-    )
-    tuning_prompts: str | None = field(default=None, metadata={"help": "Prompts to choose the learning rate on."})
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -136,6 +103,45 @@ def compare(options: list[str]) -> None:
     print(f"The report is {report}.")
 
 
+def evaluate(options: list[str]) -> None:
+    """Evaluate a pipeline, or compare evaluations, and print the table."""
+    from accelerate import PartialState
+    from trl import TrlParser
+
+    from .evaluation import compare_evaluations
+    from .evaluation import evaluate as run
+
+    [arguments] = TrlParser(EvaluateArguments).parse_args_and_config(options)
+    if arguments.compare:
+        comparison = compare_evaluations(arguments.compare)
+        print(comparison.markdown())
+        if arguments.output_dir:
+            print(f"The table is {comparison.write(arguments.output_dir)}.")
+        return
+    missing = [name for name in ("pipeline", "prompts", "evaluators", "output_dir") if not getattr(arguments, name)]
+    if missing:
+        sys.exit(f"error: pass {', '.join(f'--{name}' for name in missing)}, or --compare DIR_A DIR_B.")
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("trl_leapalign").setLevel(logging.INFO)
+    evaluators, source = _evaluators(arguments), arguments.prompts
+    result = run(
+        _object(arguments.pipeline) if _is_object(arguments.pipeline) else arguments.pipeline,
+        _object(source)() if _is_object(source) else source,
+        evaluators,
+        arguments.output_dir,
+        adapter=arguments.adapter,
+        images_per_prompt=arguments.images_per_prompt,
+        seed=arguments.seed,
+        batch_size=arguments.batch_size,
+        call_kwargs=arguments.all_call_kwargs(),
+        group_by=arguments.group_by,
+        prompt_column=arguments.prompt_column,
+    )
+    if PartialState().is_main_process:
+        print(result.report.read_text(encoding="utf-8"))
+        print(f"The report is {result.report}.")
+
+
 NOT_COMPARED = {
     "seed": "Set --seeds.",
     "resume_from_checkpoint": "It goes on with the runs that are not done yet by itself.",
@@ -143,7 +149,30 @@ NOT_COMPARED = {
     "eval_strategy": "Each run is judged once, after training.",
 }
 
-COMMANDS = {"train": train, "compare": compare}
+COMMANDS = {"train": train, "compare": compare, "evaluate": evaluate}
+
+
+def _evaluators(arguments: EvaluateArguments) -> list[Any]:
+    """What the options name, checked but not loaded."""
+    from .evaluation import Evaluator, named_evaluator
+    from .evaluation.evaluators import callable_evaluator
+
+    settings = read_dict("evaluator_kwargs", arguments.evaluator_kwargs)
+    settings = {name: read_dict(f"evaluator_kwargs[{name!r}]", value) for name, value in settings.items()}
+    if arguments.geneval_detector is not None:
+        settings["geneval"] = {**settings.get("geneval", {}), "detector": arguments.geneval_detector}
+    unused = [name for name in settings if name not in arguments.evaluators or ":" in name]
+    if unused:
+        raise ValueError(f"Settings of {', '.join(unused)} have no effect: evaluators={arguments.evaluators}.")
+    found = []
+    for name in arguments.evaluators:
+        if ":" in name:
+            value = _object(name)
+            own = isinstance(value, Evaluator)
+            found.append(value if own else callable_evaluator(value, name.partition(":")[2]))
+        else:
+            found.append(named_evaluator(name, **settings.get(name, {})))
+    return found
 
 
 def _parse(kind: type, options: list[str]) -> tuple[Any, LeapAlignConfig]:

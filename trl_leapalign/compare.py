@@ -22,6 +22,7 @@ from torch import Tensor
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
 from .evaluation.report import BASE, Result, write_report
+from .evaluation.settings import as_json, check_unchanged, read_json, write_json
 from .leapalign_config import LeapAlignConfig
 from .leapalign_trainer import LeapAlignTrainer
 from .ranges import Range
@@ -197,17 +198,11 @@ class Comparison:
         made_with = self._made_with(job)
         path, settings_path = directory / "result.json", directory / "settings.json"
         if _agreed(path.exists()):
-            before = json.loads(settings_path.read_text(encoding="utf-8"))
-            changed = sorted(key for key in before.keys() | made_with.keys() if before.get(key) != made_with.get(key))
-            if changed:
-                raise ValueError(
-                    f"{directory} holds the result of other settings: {', '.join(changed)} changed. Choose another "
-                    "output_dir, or delete that folder."
-                )
+            check_unchanged(directory, read_json(settings_path), made_with, remedy="delete that folder")
             return Result(**json.loads(path.read_text(encoding="utf-8")))
         result = self._measure(job, directory)
         if PartialState().is_main_process:
-            settings_path.write_text(json.dumps(made_with, indent=2) + "\n", encoding="utf-8")
+            write_json(settings_path, made_with)
             path.write_text(json.dumps(asdict(result)) + "\n", encoding="utf-8")
         PartialState().wait_for_everyone()
         return result
@@ -225,7 +220,7 @@ class Comparison:
         if job.seed is not None:
             known |= {"reward": names, "train_rows": _fingerprint(self.train_rows), "train_seconds": self.train_seconds}
             known |= self.config_of(job).to_dict()
-        return json.loads(json.dumps(known, default=str))
+        return as_json(known)
 
     def _measure(self, job: Job, directory: Path) -> Result:
         start = time.perf_counter()

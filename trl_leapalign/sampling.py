@@ -13,7 +13,12 @@ from .seeds import Purpose, derive_seed, make_generator
 
 @torch.no_grad()
 def sample_images(
-    pipeline: DiffusionPipeline, prompts: list[str], indices: list[int], call_kwargs: dict[str, Any], seed: int
+    pipeline: DiffusionPipeline,
+    prompts: list[str],
+    indices: list[int],
+    call_kwargs: dict[str, Any],
+    seed: int,
+    independent: bool = False,
 ) -> Tensor:
     """Sample an image for each prompt, with noise that is kept apart from that of training.
 
@@ -23,14 +28,31 @@ def sample_images(
         indices (list[int]): number of each image, which its noise follows from, length B.
         call_kwargs (dict[str, Any]): arguments of the pipeline's call that are the same for every batch.
         seed (int): of the noise.
+        independent (bool): whether an image must not depend on the others of its batch.
 
     Returns:
         Tensor: images in [0, 1], shape (B, 3, H, W), or video (B, F, 3, H, W).
+
+    Raises:
+        ValueError: if images must be independent, but the solver draws noise of its own for a batch of several.
     """
     kwargs = batch_call_kwargs(call_kwargs, len(prompts))
     generators = [make_generator(seed, Purpose.EVALUATION, index) for index in indices]
     with solver_noise(seed, Purpose.EVALUATION, indices[0]):
-        return pipeline(prompt=prompts, generator=generators, output_type="pt", return_dict=False, **kwargs)[0]
+        before = _random_states()
+        images = pipeline(prompt=prompts, generator=generators, output_type="pt", return_dict=False, **kwargs)[0]
+        drawn = any(not torch.equal(*pair) for pair in zip(before, _random_states(), strict=True))
+    if independent and drawn and len(prompts) > 1:
+        raise ValueError(
+            f"The solver of {type(pipeline).__name__} draws noise of its own, which follows from the batch when "
+            f"{len(prompts)} images are sampled at a time. Set batch_size=1."
+        )
+    return images
+
+
+def _random_states() -> list[Tensor]:
+    """Of the generators that `solver_noise` seeds."""
+    return [torch.get_rng_state(), *([torch.cuda.get_rng_state()] if torch.cuda.is_available() else [])]
 
 
 def batch_call_kwargs(call_kwargs: dict[str, Any], batch_size: int) -> dict[str, Any]:

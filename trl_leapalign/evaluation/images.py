@@ -1,5 +1,9 @@
 """Images as evaluators see them: 8 bits a channel, as in a file."""
 
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -37,6 +41,22 @@ def to_pil(images: Tensor) -> list[Image.Image]:
         list[Image.Image]: B images in RGB.
     """
     return [Image.fromarray(image) for image in to_bytes(images).permute(0, 2, 3, 1).contiguous().cpu().numpy()]
+
+
+def read_images(paths: Sequence[Path]) -> Tensor:
+    """Read images of the same size from files.
+
+    Args:
+        paths (Sequence[Path]): B files.
+
+    Returns:
+        Tensor: shape (B, 3, H, W) in [0, 1], float32.
+    """
+    images = []
+    for path in paths:
+        with Image.open(path) as picture:
+            images.append(torch.from_numpy(np.array(picture.convert("RGB"))))
+    return torch.stack(images).permute(0, 3, 1, 2).float() / 255
 
 
 def check_lengths(images: Tensor, prompts: list, metadata: list) -> None:

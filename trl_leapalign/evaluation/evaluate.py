@@ -1,0 +1,246 @@
+"""Scores a pipeline on prompts by evaluators: images with fixed noise first, then one evaluator after another."""
+
+import gc
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from diffusers import DiffusionPipeline
+from torch import nn
+
+from ..prompts import PromptSource
+from ..rewards import RewardSet
+from .evaluators import Evaluator, EvaluatorSource, as_evaluators
+from .generation import Generation, PipelineSource, weights_digest
+from .rows import load_rows
+from .settings import as_json, check_unchanged, read_json, write_json
+from .tables import (
+    ALL,
+    Columns,
+    EvaluatorSummary,
+    as_columns,
+    details_of,
+    merge_scores,
+    read_table,
+    summarize,
+    write_summaries,
+    write_table,
+)
+
+logger = logging.getLogger(__name__)
+
+LIBRARIES = ("torch", "diffusers", "transformers", "peft", "trl-leapalign")
+SETTINGS = "settings.json"
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What an evaluation found and where it is kept.
+
+    Args:
+        output_dir (Path): the folder.
+        report (Path): the table, Markdown.
+        summaries (dict[str, EvaluatorSummary]): by evaluator, in the order in which they first judged.
+    """
+
+    output_dir: Path
+    report: Path
+    summaries: dict[str, EvaluatorSummary]
+
+
+def evaluate(
+    pipeline: PipelineSource,
+    rows: PromptSource,
+    evaluators: EvaluatorSource | Sequence[EvaluatorSource],
+    output_dir: str | Path,
+    *,
+    adapter: str | Path | None = None,
+    images_per_prompt: int = 4,
+    seed: int = 0,
+    batch_size: int = 1,
+    call_kwargs: dict[str, Any] | None = None,
+    group_by: str | None = None,
+    prompt_column: str = "prompt",
+) -> Evaluation:
+    """Sample images of prompts, have them judged, and write tables; all processes share the work.
+
+    Image k of row p has the number `p * images_per_prompt + k`, and its noise follows from the seed and that number.
+    Images and scores that are in `output_dir` are not made again, so that a run that was stopped goes on, and further
+    evaluators judge the same images.
+
+    Args:
+        pipeline (PipelineSource): a pipeline, its Hub id or path, or a function that returns one.
+        rows (PromptSource): prompts with other columns: "geneval", a file of its metadata, or whatever
+            `load_prompts` takes.
+        evaluators (EvaluatorSource | Sequence[EvaluatorSource]): names of `EVALUATORS`, callables of a reward's
+            contract, or `Evaluator`s, which are loaded one after another.
+        output_dir (str | Path): where images, scores and tables go.
+        adapter (str | Path | None): LoRA for a pipeline that is not given loaded: a folder, a file or a Hub id.
+        images_per_prompt (int): images of each row.
+        seed (int): of the noise.
+        batch_size (int): images sampled, or judged, at a time.
+        call_kwargs (dict[str, Any] | None): arguments of the pipeline's call, such as `num_inference_steps`.
+        group_by (str | None): the column whose values the scores are split by.
+        prompt_column (str): the column that holds the prompt.
+
+    Returns:
+        Evaluation: the means, also those of evaluators that judged these images before.
+
+    Raises:
+        TypeError: if something is of the wrong kind.
+        ValueError: if something does not fit, or `output_dir` holds results of other settings.
+    """
+    judges = as_evaluators(evaluators)
+    rows = load_rows(rows, prompt_column)
+    for judge in judges:
+        judge.check_rows(rows)
+    if group_by is not None and any(group_by not in row for row in rows):
+        raise ValueError(f"group_by={group_by!r} is no column of all prompts. The first has {sorted(rows[0])}.")
+    directory = Path(output_dir)
+    options = (adapter, images_per_prompt, seed, batch_size, call_kwargs or {}, prompt_column)
+    generation = Generation(pipeline, rows, directory / "images", *options)
+    groups = [str(rows[number // images_per_prompt].get(group_by, ALL)) for number in range(len(generation))]
+    before = _read_settings(directory, generation, judges)
+    _make_images(directory, generation, before)
+    for judge in judges:
+        _judge(directory, generation, judge, groups)
+    return _write_tables(directory, groups)
+
+
+def _read_settings(directory: Path, generation: Generation, judges: Sequence[Evaluator]) -> dict[str, Any]:
+    """What is in a folder was made with, once it is sure that it fits."""
+    before = read_json(directory / SETTINGS)
+    if not before and generation.directory.exists() and any(generation.directory.iterdir()):
+        raise ValueError(
+            f"{directory} has images, but no {SETTINGS} that says what made them. Choose another output_dir."
+        )
+    if before:
+        images = {key: value for key, value in before["images"].items() if key != "weights"}
+        check_unchanged(directory, images, as_json(generation.made_with), "delete that folder")
+        now = _versions()
+        changed = [name for name in now if now[name] != before["versions"].get(name)]
+        if changed:
+            logger.warning(
+                f"{directory} was begun with other versions of {', '.join(changed)}; results may differ a little."
+            )
+    for judge in judges:
+        path = score_path(directory, judge.name)
+        if path.exists():
+            known = before.get("evaluators", {}).get(judge.name, {})
+            check_unchanged(path, known, as_json(judge.made_with), "delete that file")
+    PartialState().wait_for_everyone()
+    return before
+
+
+def _make_images(directory: Path, generation: Generation, before: dict[str, Any]) -> None:
+    """Phase one: sample what is missing."""
+    state = PartialState()
+    missing = generation.missing()
+    state.wait_for_everyone()
+    if not missing and not isinstance(generation.source, DiffusionPipeline):
+        return
+    pipeline = generation.load()
+    weights = weights_digest(pipeline)
+    if before:
+        known = {"weights of the pipeline": before["images"].get("weights")}
+        check_unchanged(directory, known, {"weights of the pipeline": weights}, "delete that folder")
+    elif state.is_main_process:
+        directory.mkdir(parents=True, exist_ok=True)
+        images = {**generation.made_with, "weights": weights}
+        write_json(directory / SETTINGS, {"images": images, "versions": _versions(), "evaluators": {}})
+    logger.info(f"{len(missing)} of {len(generation)} images are sampled.")
+    generation.sample(pipeline, missing)
+    del pipeline
+    _free()
+
+
+def _judge(directory: Path, generation: Generation, judge: Evaluator, groups: Sequence[str]) -> None:
+    """Phase two: load one evaluator, score all images, write the scores and let go of it."""
+    path = score_path(directory, judge.name)
+    exists = path.exists()
+    state = PartialState()
+    state.wait_for_everyone()
+    if exists:
+        return
+    logger.info(f"{judge.name} judges {len(generation)} images.")
+    function = judge.load()
+    device = next((p.device for p in function.parameters()), None) if isinstance(function, nn.Module) else None
+    rewards = RewardSet([function])
+    rewards.prepare(state.device)
+    found = _score(generation, rewards, range(state.process_index, len(generation), state.num_processes))
+    if device is not None:
+        function.to(device)
+    del function, rewards
+    _free()
+    scored = sorted(gather_object(found), key=lambda row: row["number"])
+    if state.is_main_process:
+        settings = read_json(directory / SETTINGS)
+        settings["evaluators"][judge.name] = judge.made_with
+        write_json(directory / SETTINGS, settings)
+        path.parent.mkdir(exist_ok=True)
+        write_table(path, as_columns([{**row, "group": groups[row["number"]]} for row in scored]))
+    state.wait_for_everyone()
+
+
+def _score(generation: Generation, rewards: RewardSet, numbers: Sequence[int]) -> list[dict[str, Any]]:
+    """Scores and details of some images, one row each."""
+    rows = []
+    for begin in range(0, len(numbers), generation.batch_size):
+        batch = list(numbers[begin : begin + generation.batch_size])
+        prompts, metadata = zip(*map(generation.row, batch), strict=True)
+        images = generation.read(batch).to(PartialState().device)
+        with torch.no_grad():
+            scores = rewards(images, list(prompts), list(metadata))
+        details = details_of(scores.details[rewards.names[0]], len(batch))
+        for number, prompt, score, detail in zip(batch, prompts, scores.rewards[0].tolist(), details, strict=True):
+            rows.append({"number": number, "prompt": prompt, "group": "", "score": score, **detail})
+    return rows
+
+
+def _write_tables(directory: Path, groups: list[str]) -> Evaluation:
+    """Sum up all scores that are there, under the groups of this call."""
+    state = PartialState()
+    known = read_json(directory / SETTINGS)["evaluators"]
+    scores: dict[str, Columns] = {}
+    for name in known:
+        path = score_path(directory, name)
+        if path.exists():
+            table = read_table(path)
+            if state.is_main_process and table["group"] != groups:
+                write_table(path, {**table, "group": groups})
+            scores[name] = {**table, "group": groups}
+    summaries = {name: summarize(table, known[name]["is_geneval"]) for name, table in scores.items()}
+    if state.is_main_process:
+        write_table(directory / "scores.parquet", merge_scores(scores))
+        write_summaries(directory, summaries)
+    state.wait_for_everyone()
+    return Evaluation(directory, directory / "report.md", summaries)
+
+
+def score_path(directory: Path, name: str) -> Path:
+    """File of an evaluator's scores."""
+    return directory / "scores" / f"{name}.parquet"
+
+
+def _versions() -> dict[str, str]:
+    return {name: _version(name) for name in LIBRARIES}
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _free() -> None:
+    """Give memory of what is no longer used back to the device."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

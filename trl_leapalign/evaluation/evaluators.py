@@ -1,0 +1,161 @@
+"""What judges images, by name or as a callable, loaded only when it is needed."""
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, TypeAlias
+
+from ..rewards import REWARDS, RewardFunction, RewardSet
+from ..rewards.builtin import check_reward_name
+from .geneval_evaluator import GenEval
+from .geneval_metadata import parse_task
+from .unified_reward import UnifiedReward
+
+UNIFIED_REWARD = "CodeGoat24/UnifiedReward-qwen-7b"
+
+
+EVALUATORS: dict[str, Callable[..., RewardFunction]] = {
+    **REWARDS,
+    "geneval": GenEval.from_pretrained,
+    "unifiedreward": partial(UnifiedReward.from_pretrained, source=UNIFIED_REWARD),
+}
+"""What loads each evaluator that has a name."""
+
+
+@dataclass(frozen=True)
+class Evaluator:
+    """Something that judges images, and how to get it.
+
+    Args:
+        name (str): what its scores are called; also that of a file.
+        load (Callable[[], RewardFunction]): returns it: `evaluator(images, prompts, metadata)`.
+        settings (Mapping[str, Any]): what its scores depend on, kept beside them.
+        is_geneval (bool): whether the score is GenEval's, the mean over its tags, for which rows need its metadata.
+
+    Raises:
+        ValueError: if the name cannot be that of a file.
+    """
+
+    name: str
+    load: Callable[[], RewardFunction]
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    is_geneval: bool = False
+
+    def __post_init__(self):
+        if not self.name or self.name.startswith(".") or any(sign in self.name for sign in '/\\:*?"<>|'):
+            raise ValueError(f"The evaluator's name {self.name!r} must be one that a file can have.")
+
+    @property
+    def made_with(self) -> dict[str, Any]:
+        """What the scores depend on, beside the images."""
+        return {**self.settings, "is_geneval": self.is_geneval}
+
+    def check_rows(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Raise ValueError if the prompts lack what the evaluator needs to know of them.
+
+        Args:
+            rows (Sequence[Mapping[str, Any]]): prompts and their metadata.
+        """
+        for index, row in enumerate(rows if self.is_geneval else ()):
+            parse_task(row, f"{self.name} cannot judge these prompts: row {index}")
+
+
+EvaluatorSource: TypeAlias = str | RewardFunction | Evaluator
+
+
+def named_evaluator(name: str, **settings: Any) -> Evaluator:
+    """Find an evaluator by name, and check its settings; nothing is loaded yet.
+
+    Args:
+        name (str): one of `EVALUATORS`: a built-in reward, "geneval" or "unifiedreward".
+        **settings (Any): of its `from_pretrained`, such as `path_or_id`; GenEval's `detector` must be given.
+
+    Returns:
+        Evaluator: the evaluator.
+
+    Raises:
+        ValueError: if the name is unknown or GenEval has no detector.
+        TypeError: if it does not have such settings.
+    """
+    if name not in EVALUATORS:
+        try:
+            check_reward_name(name)
+        except ValueError as error:
+            raise ValueError(f"There is no evaluator {name!r}: {error} Others: geneval, unifiedreward.") from error
+    if name == "geneval" and settings.get("detector") is None:
+        raise ValueError(
+            "GenEval needs a detector, since its scores depend on it: set geneval_detector (detector in Python) to the "
+            "published one's file, or to facebook/mask2former-swin-small-coco-instance."
+        )
+    load = EVALUATORS[name]
+    known = _settings_of(load)
+    unknown = sorted(settings.keys() - known)
+    if unknown:
+        raise TypeError(f"The evaluator {name!r} has no settings {', '.join(unknown)}. It takes: {', '.join(known)}.")
+    return Evaluator(name, lambda: load(**settings), {"evaluator": name, **settings}, name == "geneval")
+
+
+def _settings_of(load: Callable[..., RewardFunction]) -> list[str]:
+    """What a `from_pretrained` takes, with what it hands on to the class."""
+    parameters = inspect.signature(load).parameters
+    names = [name for name, parameter in parameters.items() if parameter.kind is not parameter.VAR_KEYWORD]
+    if len(names) < len(parameters):
+        kind = (load.func if isinstance(load, partial) else load).__self__
+        handed_on = inspect.signature(kind).parameters.values()
+        names += [each.name for each in handed_on if each.default is not each.empty and each.name not in names]
+    return names
+
+
+def as_evaluators(sources: EvaluatorSource | Sequence[EvaluatorSource]) -> list[Evaluator]:
+    """Check evaluators before anything is sampled.
+
+    Args:
+        sources (EvaluatorSource | Sequence[EvaluatorSource]): names, callables or `Evaluator`s.
+
+    Returns:
+        list[Evaluator]: of different names.
+
+    Raises:
+        TypeError: if one cannot be called with images, prompts and metadata.
+        ValueError: if there is none, a name is unknown, or two have the same.
+    """
+    sources = list(sources) if isinstance(sources, (list, tuple)) else [sources]
+    if not sources:
+        raise ValueError(f"There are no evaluators. Pass some of {sorted(EVALUATORS)}, or callables of your own.")
+    evaluators = [_as_evaluator(source) for source in sources]
+    names = [evaluator.name.lower() for evaluator in evaluators]
+    for evaluator in evaluators:
+        if names.count(evaluator.name.lower()) > 1:
+            raise ValueError(
+                f"Two evaluators are called {evaluator.name!r}, so their scores would share a file. Pass each once, or "
+                "as Evaluator(name, load) under names of your own."
+            )
+    return evaluators
+
+
+def _as_evaluator(source: EvaluatorSource) -> Evaluator:
+    if isinstance(source, Evaluator):
+        return source
+    if isinstance(source, str):
+        return named_evaluator(source)
+    return callable_evaluator(source)
+
+
+def callable_evaluator(function: RewardFunction, name: str | None = None) -> Evaluator:
+    """Make an evaluator of a callable.
+
+    Args:
+        function (RewardFunction): the callable.
+        name (str | None): what its scores are called; None is the callable's own name.
+
+    Returns:
+        Evaluator: the evaluator.
+
+    Raises:
+        TypeError: if it cannot be called with images, prompts and metadata.
+    """
+    own = RewardSet([function]).names[0]
+    kind = function if inspect.isroutine(function) else type(function)
+    settings = {"evaluator": f"{kind.__module__}:{kind.__qualname__}"}
+    return Evaluator(name or own, lambda: function, settings, isinstance(function, GenEval))

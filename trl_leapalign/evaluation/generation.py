@@ -1,0 +1,203 @@
+"""The images that evaluators judge: numbered, with noise of their own, in files."""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+from accelerate import PartialState
+from diffusers import DiffusionPipeline
+
+from ..pipelines import check_call_arguments, load_pipeline, modules_of
+from ..prompts import split_row
+from ..ranges import Range
+from ..rollout import quiet
+from ..sampling import sample_images
+from .images import read_images, to_pil
+from .pipeline_adapter import file_digest, load_adapter
+
+PipelineSource: TypeAlias = DiffusionPipeline | str | Path | Callable[[], DiffusionPipeline]
+
+RESERVED = {
+    "prompt": "prompts",
+    "generator": "seed",
+    "latents": "seed",
+    "num_images_per_prompt": "images_per_prompt",
+    "output_type": None,
+    "return_dict": None,
+}
+"""Arguments of the pipeline's call that an evaluation makes itself, and the setting to use in their place."""
+
+
+@dataclass(frozen=True)
+class Generation:
+    """Which images are made, and where they are kept.
+
+    Image k of the prompt in row p has the number `p * images_per_prompt + k`, which its noise follows from.
+
+    Args:
+        source (PipelineSource): a pipeline, its Hub id or path, or a function that returns one.
+        rows (Sequence[dict]): prompts and their metadata.
+        directory (Path): where the images go.
+        adapter (str | Path | None): LoRA to load into the pipeline.
+        images_per_prompt (int): how many images each row gets.
+        seed (int): of the noise.
+        batch_size (int): images sampled or judged at a time.
+        call_kwargs (dict[str, Any]): arguments of the pipeline's call.
+        prompt_column (str): the column that holds the prompt.
+
+    Raises:
+        ValueError: if a setting is out of range, there are no prompts, or `call_kwargs` has what is set otherwise.
+    """
+
+    source: PipelineSource
+    rows: Sequence[dict[str, Any]]
+    directory: Path
+    adapter: str | Path | None = None
+    images_per_prompt: int = 4
+    seed: int = 0
+    batch_size: int = 1
+    call_kwargs: dict[str, Any] = field(default_factory=dict)
+    prompt_column: str = "prompt"
+
+    def __post_init__(self):
+        Range(1, whole=True).check("images_per_prompt", self.images_per_prompt)
+        Range(0, whole=True).check("seed", self.seed)
+        Range(1, whole=True).check("batch_size", self.batch_size)
+        for name in self.call_kwargs.keys() & RESERVED:
+            remedy = f"Set {RESERVED[name]} instead." if RESERVED[name] else "Leave it out."
+            raise ValueError(f"call_kwargs has {name!r}, which the evaluation sets itself. {remedy}")
+        if self.adapter is not None and isinstance(self.source, DiffusionPipeline):
+            raise ValueError(
+                "adapter is for a pipeline given by name or as a function that returns it. Load it yourself: "
+                f"pipeline.load_lora_weights({str(self.adapter)!r})."
+            )
+
+    def __len__(self) -> int:
+        return len(self.rows) * self.images_per_prompt
+
+    def row(self, number: int) -> tuple[str, dict[str, Any]]:
+        """Prompt and metadata of an image."""
+        return split_row(self.rows[number // self.images_per_prompt], self.prompt_column)
+
+    def path(self, number: int) -> Path:
+        """File of an image."""
+        return self.directory / f"{number:05d}.png"
+
+    def missing(self) -> list[int]:
+        """Numbers of the images that are not there."""
+        return [number for number in range(len(self)) if not self.path(number).exists()]
+
+    @cached_property
+    def made_with(self) -> dict[str, Any]:
+        """What the images depend on and can be known before the pipeline is loaded."""
+        split = [split_row(row, self.prompt_column) for row in self.rows]
+        text = json.dumps(split, sort_keys=True, default=str)
+        return {
+            "pipeline": describe(self.source),
+            "adapter": None if self.adapter is None else str(self.adapter),
+            "adapter_sha256": None if self.adapter is None else file_digest(Path(self.adapter)),
+            "prompts_sha256": hashlib.sha256(text.encode()).hexdigest(),
+            "num_prompts": len(self.rows),
+            "images_per_prompt": self.images_per_prompt,
+            "seed": self.seed,
+            "call_kwargs": self.call_kwargs,
+            "device": PartialState().device.type,
+        }
+
+    def load(self) -> DiffusionPipeline:
+        """Load the pipeline and its adapter, and check that it can be called as it will be.
+
+        Returns:
+            DiffusionPipeline: on this process's device, unless it was given loaded or is offloaded.
+
+        Raises:
+            TypeError: if there is no pipeline, or it cannot be called with `call_kwargs`.
+            ValueError: if the adapter is missing or does not fit.
+        """
+        pipeline = self.source
+        if isinstance(pipeline, (str, Path)):
+            pipeline = load_pipeline(pipeline, PartialState().device, {})
+        elif not isinstance(pipeline, DiffusionPipeline):
+            pipeline = pipeline()
+        if not isinstance(pipeline, DiffusionPipeline):
+            raise TypeError(
+                f"{describe(self.source)} is or returned a {type(pipeline).__name__}, but must be a diffusers pipeline "
+                "or return one."
+            )
+        check_call_arguments(pipeline, self.call_kwargs)
+        if self.adapter is not None:
+            load_adapter(pipeline, self.adapter)
+        given = isinstance(self.source, DiffusionPipeline) or getattr(pipeline, "hf_device_map", None) is not None
+        offloaded = any(getattr(module, "_hf_hook", None) is not None for module in modules_of(pipeline).values())
+        return pipeline if given or offloaded else pipeline.to(PartialState().device)
+
+    def sample(self, pipeline: DiffusionPipeline, numbers: Sequence[int]) -> None:
+        """Make images; all processes share the work.
+
+        Args:
+            pipeline (DiffusionPipeline): what `load` returned.
+            numbers (Sequence[int]): of the images.
+
+        Raises:
+            ValueError: if it gives no images, another number of them, or NaN; or if its solver draws noise of its own,
+                which would follow from the batch.
+        """
+        state = PartialState()
+        mine = numbers[state.process_index :: state.num_processes]
+        self.directory.mkdir(parents=True, exist_ok=True)
+        with quiet(pipeline):
+            for begin in range(0, len(mine), self.batch_size):
+                batch = list(mine[begin : begin + self.batch_size])
+                prompts = [self.row(number)[0] for number in batch]
+                images = sample_images(pipeline, prompts, batch, self.call_kwargs, self.seed, independent=True)
+                for number, picture in zip(batch, to_pil(images), strict=True):
+                    part = self.path(number).with_suffix(".part")
+                    picture.save(part, format="PNG")
+                    os.replace(part, self.path(number))
+        state.wait_for_everyone()
+
+    def read(self, numbers: Sequence[int]) -> torch.Tensor:
+        """Read images from their files.
+
+        Args:
+            numbers (Sequence[int]): of the images, length B.
+
+        Returns:
+            Tensor: shape (B, 3, H, W) in [0, 1], float32.
+        """
+        return read_images([self.path(number) for number in numbers])
+
+
+def describe(source: Any) -> str:
+    """What a pipeline is called in the settings that are kept."""
+    if isinstance(source, (str, Path)):
+        return str(source)
+    if isinstance(source, DiffusionPipeline):
+        return f"{type(source).__name__} {getattr(source.config, '_name_or_path', None) or ''}".strip()
+    return f"{getattr(source, '__module__', '')}:{getattr(source, '__qualname__', type(source).__qualname__)}"
+
+
+@torch.no_grad()
+def weights_digest(pipeline: DiffusionPipeline) -> str:
+    """A short text that tells weights apart: it follows from the sum of each parameter's bytes.
+
+    Args:
+        pipeline (DiffusionPipeline): the pipeline with its adapters.
+
+    Returns:
+        str: hexadecimal.
+    """
+    digest = hashlib.sha256()
+    for component, module in sorted(modules_of(pipeline).items()):
+        for name, parameter in sorted(module.named_parameters()):
+            known = [component, name, list(parameter.shape), str(parameter.dtype)]
+            if parameter.device.type != "meta":
+                known.append(int(parameter.detach().reshape(-1).contiguous().view(torch.uint8).sum(dtype=torch.int64)))
+            digest.update(json.dumps(known).encode())
+    return digest.hexdigest()

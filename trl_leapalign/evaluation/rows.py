@@ -1,0 +1,44 @@
+"""Prompts to evaluate on, GenEval's among them."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from ..prompts import PromptSource, load_prompts
+from .geneval_metadata import parse_task, read_geneval
+
+
+def load_rows(source: PromptSource, prompt_column: str = "prompt") -> list[dict[str, Any]]:
+    """Read prompts and the other columns of their rows.
+
+    Args:
+        source (PromptSource): "geneval" for its published prompts, a file of GenEval's metadata, or whatever
+            `load_prompts` takes.
+        prompt_column (str): the column that holds the prompt.
+
+    Returns:
+        list[dict]: rows that have `prompt_column`.
+
+    Raises:
+        TypeError: if the source is of another kind.
+        ValueError: if a file cannot be read, there are no prompts, or one is missing or empty.
+        OSError: if GenEval's prompts cannot be downloaded.
+    """
+    if isinstance(source, str) and source == "geneval":
+        return read_geneval()
+    if isinstance(source, (str, Path)) and prompt_column == "prompt" and _is_geneval(Path(source)):
+        return read_geneval(source)
+    return [dict(row) for row in load_prompts(source, prompt_column)]
+
+
+def _is_geneval(path: Path) -> bool:
+    """Whether the first line of a file is a task of GenEval's, whose mixed lists `datasets` cannot read."""
+    if path.suffix.lower() not in (".jsonl", ".json") or not path.is_file():
+        return False
+    try:
+        with path.open(encoding="utf-8-sig") as lines:
+            first = next((line for line in lines if line.strip()), "")
+        parse_task(json.loads(first))
+    except ValueError:
+        return False
+    return True
