@@ -146,9 +146,7 @@ def test_a_learning_rate_that_fails_is_not_chosen(tmp_path):
     chosen = json.loads((tmp_path / "runs/leapalign/seed_0/result.json").read_text())["settings"]
     assert chosen == {"learning_rate": 1e-3}
     with pytest.raises(ValueError, match="fails with each of learning_rates"):
-        comparison(
-            tmp_path / "all", runs={"leapalign": {}}, group_by=None, **{**options, "learning_rates": [1e30]}
-        ).run()
+        comparison(tmp_path / "all", **{**options, "learning_rates": [1e30]}).run()
 
 
 def test_images_without_a_score_are_left_out():

@@ -235,9 +235,11 @@ class Comparison:
                     raise
                 logger.warning(f"{job.folder}: {error}")
                 failed = True
-        scores, groups = self._score(pipeline, directory, self.tuning_rows if job.tuning else self.eval_rows)
-        if failed:
-            scores = {name: [math.nan] * len(values) for name, values in scores.items()}
+        rows = self.tuning_rows if job.tuning else self.eval_rows
+        count = len(rows) if self.num_images is None else self.num_images
+        groups = [str(rows[index % len(rows)].get(self.group_by, "all")) for index in range(count)]
+        unknown = {name: [math.nan] * count for name in self.judges.names}
+        scores = unknown if failed else self._score(pipeline, directory, rows, groups)
         result = Result(job.name, job.seed, self.settings_of(job), history, scores, groups)
         logger.info(
             f"{job.folder}: {self.judges.names[0]} {result.overall:.3f} after {result.updates} updates, "
@@ -258,10 +260,9 @@ class Comparison:
         return [{name: entry[name] for name in KEPT if name in entry} for entry in logged]
 
     def _score(
-        self, pipeline: DiffusionPipeline, directory: Path, rows: Sequence[dict[str, Any]]
-    ) -> tuple[dict[str, list[float]], list[str]]:
-        count = len(rows) if self.num_images is None else self.num_images
-        groups = [str(rows[index % len(rows)].get(self.group_by, "all")) for index in range(count)]
+        self, pipeline: DiffusionPipeline, directory: Path, rows: Sequence[dict[str, Any]], groups: list[str]
+    ) -> dict[str, list[float]]:
+        """Score an image for each entry of `groups`, and keep the first of each group."""
         shown = {groups.index(group) for group in groups}
         (directory / "images").mkdir(exist_ok=True)
 
@@ -273,17 +274,16 @@ class Comparison:
         precision = torch.float16 if self.config.fp16 else torch.bfloat16
         mixed = self.config.fp16 or self.config.bf16
         with quiet(pipeline), torch.autocast(self.config.device.type, precision, enabled=mixed):
-            scores = score_pipeline(
+            return score_pipeline(
                 pipeline,
                 self.judges,
                 rows,
                 self.config.call_kwargs(self.config.eval_num_steps),
-                num_images=count,
+                num_images=len(groups),
                 prompt_column=self.config.prompt_column,
                 batch_size=self.config.per_device_eval_batch_size,
                 keep=keep,
             )
-        return scores, groups
 
 
 class TimeLimit(TrainerCallback):
