@@ -11,7 +11,7 @@ from training_cases import blueness, make_config, make_trainer, redness
 
 from examples.tiny import tiny_flux
 from trl_leapalign.cli import main
-from trl_leapalign.compare import Comparison, TimeLimit
+from trl_leapalign.compare import Comparison, Job, TimeLimit
 from trl_leapalign.evaluation.report import Result, Summary, write_report
 from trl_leapalign.seeds import Purpose, make_generator
 
@@ -330,6 +330,19 @@ def test_the_shapes_comparison_is_the_default(monkeypatch, tmp_path):
     assert len(seen[0].train_rows) == 360 and len(seen[0].eval_rows) == 1000 and len(seen[0].tuning_rows) == 720
     assert seen[0].judges.names == ["is_right"]
     assert torch.equal(seen[0].judges.functions[0](torch.full((1, 3, 48, 48), 0.5), [""], EVAL_ROW), torch.zeros(1))
+
+
+def test_the_ablations_can_be_run(monkeypatch, tmp_path):
+    monkeypatch.chdir(Path(__file__).parent.parent)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    seen = []
+    monkeypatch.setattr(Comparison, "run", lambda self: seen.append(self) or Path("README.md"))
+    main(["compare", "--config", "examples/shapes/ablations.yaml", "--output_dir", str(tmp_path)])
+    methods = {name: seen[0].config_of(Job(name, 0)).build_method() for name in seen[0].runs}
+    assert methods["alpha 0.1"].gradient_discount == 0.1 and methods["three leaps"].num_leaps == 3
+    assert seen[0].config_of(Job("threshold 0.8", 0)).reward_threshold == [0.8]
+    changed = [name for name, method in methods.items() if method != methods["leapalign"]]
+    assert len(changed) == len(methods) - 4  # the first, and the thresholds
 
 
 EVAL_ROW = [

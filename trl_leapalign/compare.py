@@ -16,18 +16,18 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from diffusers import DiffusionPipeline
-from diffusers.utils import numpy_to_pil
 from peft import LoraConfig
 from torch import Tensor
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
+from .evaluation.images import to_pil
 from .evaluation.report import BASE, Result, write_report
 from .evaluation.settings import as_json, check_unchanged, read_json, write_json
 from .leapalign_config import LeapAlignConfig
 from .leapalign_trainer import LeapAlignTrainer
+from .pipelines import quiet
 from .ranges import Range
 from .rewards import RewardFunction, RewardSet
-from .rollout import quiet
 from .scoring import score_pipeline
 
 logger = logging.getLogger(__name__)
@@ -268,8 +268,7 @@ class Comparison:
 
         def keep(index: int, image: Tensor) -> None:
             if index in shown and image.ndim == 3:
-                picture = numpy_to_pil(image.clamp(0, 1).float().permute(1, 2, 0).cpu().numpy())[0]
-                picture.save(directory / "images" / f"{index:05d}.png")
+                to_pil(image[None])[0].save(directory / "images" / f"{index:05d}.png")
 
         precision = torch.float16 if self.config.fp16 else torch.bfloat16
         mixed = self.config.fp16 or self.config.bf16

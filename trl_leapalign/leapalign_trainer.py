@@ -27,10 +27,10 @@ from .leapalign_config import LeapAlignConfig
 from .losses import below_threshold, limit_sample_gradients, reward_loss
 from .metrics import MetricBuffer, merge, peak_memory_gib, summarise
 from .model_card import write_model_card
-from .pipelines import check_call_arguments, load_pipeline
+from .pipelines import check_call_arguments, load_pipeline, quiet
 from .prompts import PromptFunction, PromptSource, PromptStream, choose_prompts, collate, load_prompts
 from .rewards import RewardFunction, RewardSet, Scores, check_finite
-from .rollout import RolloutOutput, quiet
+from .rollout import RolloutOutput
 from .rollout_model import RolloutModel
 from .scoring import scored_batches
 

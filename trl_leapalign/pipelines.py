@@ -1,6 +1,8 @@
 """What a pipeline consists of, and whether it can be differentiated."""
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -130,3 +132,27 @@ def modules_of(pipeline: DiffusionPipeline) -> dict[str, nn.Module]:
         for name, component in part.components.items()
         if isinstance(component, nn.Module)
     }
+
+
+@contextmanager
+def quiet(pipeline: DiffusionPipeline) -> Iterator[None]:
+    """Turn a pipeline's own progress bar off for a while."""
+    bar = {**getattr(pipeline, "_progress_bar_config", {}), "disable": True}
+    with temporary_attribute(pipeline, "_progress_bar_config", bar):
+        yield
+
+
+@contextmanager
+def temporary_attribute(instance: Any, name: str, value: Any) -> Iterator[None]:
+    """Set an instance attribute past `__setattr__`, which pipelines and modules override."""
+    attributes = vars(instance)
+    missing = name not in attributes
+    previous = attributes.get(name)
+    attributes[name] = value
+    try:
+        yield
+    finally:
+        if missing:
+            del attributes[name]
+        else:
+            attributes[name] = previous

@@ -26,7 +26,9 @@ from .pipelines import (
     is_flow_matching,
     modules_of,
     pipelines_of,
+    quiet,
     schedulers_of,
+    temporary_attribute,
 )
 
 OUTPUT_TYPES = ("pt", "latent")
@@ -426,36 +428,14 @@ def _instrumented(pipeline: DiffusionPipeline, recorder: _Recorder) -> Iterator[
                 stripped = _without_no_grad(method)
                 if stripped is not method and name != "__call__":
                     static = isinstance(inspect.getattr_static(type(part), name), staticmethod)
-                    stack.enter_context(_attribute(part, name, stripped if static else MethodType(stripped, part)))
+                    stack.enter_context(
+                        temporary_attribute(part, name, stripped if static else MethodType(stripped, part))
+                    )
             stack.enter_context(quiet(part))
         for module in modules_of(pipeline).values():
             for submodule in filter(lambda part: part.training, module.modules()):
-                stack.enter_context(_attribute(submodule, "training", False))
+                stack.enter_context(temporary_attribute(submodule, "training", False))
         yield
-
-
-@contextmanager
-def quiet(pipeline: DiffusionPipeline) -> Iterator[None]:
-    """Turn a pipeline's own progress bar off for a while."""
-    bar = {**getattr(pipeline, "_progress_bar_config", {}), "disable": True}
-    with _attribute(pipeline, "_progress_bar_config", bar):
-        yield
-
-
-@contextmanager
-def _attribute(instance: Any, name: str, value: Any) -> Iterator[None]:
-    """Set an instance attribute past `__setattr__`, which pipelines and modules override."""
-    attributes = vars(instance)
-    missing = name not in attributes
-    previous = attributes.get(name)
-    attributes[name] = value
-    try:
-        yield
-    finally:
-        if missing:
-            del attributes[name]
-        else:
-            attributes[name] = previous
 
 
 def _plain(value: Any) -> Any:

@@ -25,7 +25,8 @@ def sample_images(
     Args:
         pipeline (DiffusionPipeline): the pipeline.
         prompts (list[str]): length B.
-        indices (list[int]): number of each image, which its noise follows from, length B.
+        indices (list[int]): number of each image, which its noise follows from, length B; noise that the solver draws
+            itself follows from the first alone.
         call_kwargs (dict[str, Any]): arguments of the pipeline's call that are the same for every batch.
         seed (int): of the noise.
         independent (bool): whether an image must not depend on the others of its batch.

@@ -52,7 +52,7 @@ def scored_batches(
         rewards (RewardSet): rewards or evaluators.
         rows (Sequence[dict]): prompts and their metadata.
         indices (Sequence[int]): numbers of the images to make; image i shows row `i % len(rows)`, and its noise
-            follows from `seed` and i.
+            follows from `seed` and i (that of stochastic solvers from the batch).
         call_kwargs (dict[str, Any]): arguments of the pipeline's call.
         prompt_column (str): the column that holds the prompt.
         seed (int): of the noise.

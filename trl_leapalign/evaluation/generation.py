@@ -13,10 +13,9 @@ import torch
 from accelerate import PartialState
 from diffusers import DiffusionPipeline
 
-from ..pipelines import check_call_arguments, load_pipeline, modules_of
+from ..pipelines import check_call_arguments, load_pipeline, modules_of, quiet
 from ..prompts import split_row
 from ..ranges import Range
-from ..rollout import quiet
 from ..sampling import sample_images
 from .images import read_images, to_pil
 from .pipeline_adapter import file_digest, load_adapter
