@@ -29,7 +29,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
 from examples.shapes import evaluator, world  # noqa: E402
-from examples.shapes.reward import shapes_reward  # noqa: E402
+from examples.shapes.reward import nearness_first  # noqa: E402
 
 MODEL = ROOT / "examples" / "shapes" / "model"
 CHECKS = 4
@@ -50,7 +50,7 @@ def main() -> None:
     progress = EvaluatorCallback(pipeline, rows[:PICTURES_PER_CHECK])
     trainer = LeapAlignTrainer(
         pipeline,
-        reward,
+        nearness_first,
         training_config(arguments),
         train_dataset=training_rows(),
         peft_config=LoraConfig(r=32, lora_alpha=32, target_modules=["to_q", "to_k", "to_v", "to_out.0"]),
@@ -80,12 +80,6 @@ def training_rows() -> list[world.Row]:
     """
     rows = [row for row in world.prompt_rows("train", per_tag=60) if row["tag"] != "color_attr"]
     return rows + [row for row in rows if row["tag"] == "colors"]
-
-
-def reward(images: Tensor, prompts: list[str], metadata: list[world.Row]) -> tuple[Tensor, dict[str, Tensor]]:
-    """Nearness first: with more of the posterior, colours grow stronger than they should, then all alike."""
-    _, terms = shapes_reward(images, prompts, metadata)
-    return terms["nearness"].lerp(terms["posterior"], 0.2), terms
 
 
 def training_config(arguments: argparse.Namespace) -> LeapAlignConfig:

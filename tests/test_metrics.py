@@ -23,3 +23,9 @@ def test_columns_of_several_processes():
     assert columns == {"a": [1.0, 2.0], "b": [2.0], "reward": [1.0, 3.0, 5.0, 7.0]}
     assert list(columns) == ["a", "b", "reward"]
     assert summarise(columns) == {"a": 1.5, "b": 2.0, "reward": 4.0, "reward_std": pytest.approx(5**0.5)}
+
+
+def test_few_huge_gradients_do_not_move_the_median():
+    found = summarise({"reward": [1.0], "sample_grad_norm": [1.0, 2.0, 9.0], "sample_grad_norm_1": [5.0, 7.0]})
+    assert (found["sample_grad_norm"], found["sample_grad_norm_median"]) == (4.0, 2.0)
+    assert (found["sample_grad_norm_1"], found["sample_grad_norm_1_median"]) == (6.0, 6.0)

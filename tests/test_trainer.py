@@ -286,6 +286,7 @@ def test_logged_values_of_one_reward(tmp_path):
     update = trainer.state.log_history[0]
     expected = {"loss", "grad_norm", "learning_rate", "reward", "reward_std", "d_0", "d_j", "weight"}
     expected |= {"active_step_0", "active_step_1", "saturated", "below_threshold", "sample_grad_norm"}
+    expected |= {"sample_grad_norm_median"}
     expected |= {"seconds_per_step", "peak_memory_gib", "epoch", "step"}
     assert set(update) == expected
     assert update["loss"] == pytest.approx(-update["weight"] * update["reward"], rel=1e-5)  # both weights at the floor

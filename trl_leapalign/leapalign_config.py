@@ -106,8 +106,8 @@ class LeapAlignConfig(TrainingArguments):
             gradients; each costs one more call without. For LoRA only. None leaves it out.
         max_sample_grad_norm (`float`, *optional*):
             Largest norm of the gradient of one sample's loss with respect to its clean latents; what is larger is
-            scaled down to it, so that one broken image does not decide an update. Logged as `sample_grad_norm`. None is
-            no limit.
+            scaled down to it, so that one broken image does not decide an update. Logged as `sample_grad_norm` and
+            `sample_grad_norm_median`. None is no limit.
         ema_decay (`float`, *optional*):
             Decay of a moving average of the trained weights, which is then what is evaluated, saved and left in the
             pipeline. The paper uses 0.995. None keeps the weights as they are.
@@ -219,7 +219,7 @@ class LeapAlignConfig(TrainingArguments):
         metadata={
             "help": "Largest norm of the gradient of one sample's loss with respect to its clean latents; what is "
             "larger is scaled down to it, so that one broken image does not decide an update. Logged as "
-            "`sample_grad_norm`. None is no limit."
+            "`sample_grad_norm` and `sample_grad_norm_median`. None is no limit."
         },
     )
     ema_decay: float | None = field(

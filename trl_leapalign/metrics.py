@@ -1,7 +1,7 @@
 """Values of the updates since the last log, averaged over samples and processes."""
 
 from collections import defaultdict
-from statistics import fmean, pstdev
+from statistics import fmean, median, pstdev
 
 import psutil
 import torch
@@ -53,15 +53,17 @@ def merge(columns: list[dict[str, list[float]]]) -> dict[str, list[float]]:
 
 
 def summarise(columns: dict[str, list[float]]) -> dict[str, float]:
-    """Average each column; of "reward" also give the standard deviation over samples.
+    """Average each column; of "reward" also give the standard deviation over samples, of gradients the median.
 
     Args:
         columns (dict[str, list[float]]): values by name, none empty.
 
     Returns:
-        dict[str, float]: means, and "reward_std".
+        dict[str, float]: means, "reward_std", and "sample_grad_norm_median", which a few huge gradients do not move.
     """
-    return {**{name: fmean(values) for name, values in columns.items()}, "reward_std": pstdev(columns["reward"])}
+    medians = {f"{name}_median": median(columns[name]) for name in columns if name.startswith("sample_grad_norm")}
+    means = {name: fmean(values) for name, values in columns.items()}
+    return {**means, **medians, "reward_std": pstdev(columns["reward"])}
 
 
 def saturated(outputs: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean, median, stdev
 from typing import Any
 
 from ..images import read_preview
@@ -48,6 +48,11 @@ class Result:
             previous = entry["step"]
             times.append(total)
         return times
+
+    @property
+    def gradient_norm(self) -> float:
+        """Median over the updates, before it is limited; 0 without training."""
+        return median(entry["grad_norm"] for entry in self.history) if self.history else 0.0
 
     def by_group(self, evaluator: str | None = None) -> dict[str, float]:
         """Mean score of each group, without images that have none (NaN); None is the first evaluator."""
@@ -129,6 +134,7 @@ def _row(results: Sequence[Result]) -> dict[str, Summary]:
         columns["images without score"] = missing
     columns["updates"] = [result.updates for result in results]
     columns["seconds"] = [result.seconds[-1] if result.history else 0.0 for result in results]
+    columns["gradient norm"] = [result.gradient_norm for result in results]
     return {column: Summary.of(values) for column, values in columns.items()}
 
 
