@@ -279,8 +279,8 @@ def test_impossible_settings_are_refused(settings, error, message, tmp_path):
 @pytest.mark.parametrize(
     "name",
     [
-        *("prompt", "generator", "output_type", "return_dict", "num_images_per_prompt", "num_inference_steps"),
-        *("guidance_scale", "height", "width", "latents", "sigmas", "timesteps"),
+        *("prompt", "generator", "output_type", "return_dict", "num_images_per_prompt", "num_videos_per_prompt"),
+        *("num_inference_steps", "guidance_scale", "height", "width", "latents", "sigmas", "timesteps"),
     ],
 )
 def test_arguments_that_are_not_the_users_are_refused(name, tmp_path):

@@ -17,6 +17,10 @@ from .images import open_image
 
 logger = logging.getLogger(__name__)
 
+COPIES = dict.fromkeys(
+    ("num_images_per_prompt", "num_videos_per_prompt"),
+    "each prompt of the batch gets one output; repeat prompts for more",
+)
 OWN_ARGUMENTS = {
     "prompt": "the prompts come from prompt_column",
     "generator": "noise follows from the seed",
@@ -24,9 +28,9 @@ OWN_ARGUMENTS = {
     "num_inference_steps": "it is the same for all samples",
     "sigmas": "the steps are the same for all samples",
     "timesteps": "the steps are the same for all samples",
-    "num_images_per_prompt": "each prompt of the batch gets one image; repeat prompts for more",
     "output_type": "it is always 'pt'",
     "return_dict": "it is always False",
+    **COPIES,
 }
 """Arguments of the pipeline's call that no column can be, and why."""
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-from .columns import read_columns
+from .columns import COPIES, read_columns
 from .methods import METHODS, Method
 from .ranges import Range, check_bool
 
@@ -17,7 +17,7 @@ RESERVED_SAMPLE_KWARGS = {
     "generator": "noise follows from seed",
     "output_type": "it is always 'pt'",
     "return_dict": "it is always False",
-    "num_images_per_prompt": "each prompt of the batch gets one image; repeat prompts for more",
+    **COPIES,
     "num_inference_steps": "set sample_num_steps",
     "guidance_scale": "set sample_guidance_scale",
     "height": "set sample_height",

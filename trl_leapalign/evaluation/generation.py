@@ -12,7 +12,7 @@ import torch
 from accelerate import PartialState
 from diffusers import DiffusionPipeline
 
-from ..columns import CallColumns
+from ..columns import COPIES, CallColumns
 from ..images import as_text, read_samples, save_sample
 from ..pipelines import check_call_arguments, load_pipeline, modules_of, quiet
 from ..prompts import split_row
@@ -26,7 +26,7 @@ RESERVED = {
     "prompt": "prompts",
     "generator": "seed",
     "latents": "seed",
-    "num_images_per_prompt": "images_per_prompt",
+    **dict.fromkeys(COPIES, "images_per_prompt"),
     "output_type": None,
     "return_dict": None,
 }
