@@ -111,6 +111,17 @@ def test_what_is_done_is_not_done_again(report):
     assert {path: path.stat().st_mtime_ns for path in report.parent.rglob("result.json")} == before
 
 
+def test_results_of_other_weights_are_refused(report):
+    def other_pipeline():
+        pipeline = tiny_flux()
+        pipeline.transformer.x_embedder.weight.data[0, 0] += 1
+        return pipeline
+
+    runs = RUNS | {"one more": {}}
+    with pytest.raises(ValueError, match="weights of the pipeline changed"):
+        comparison(report.parent, make_pipeline=other_pipeline, runs=runs).run()
+
+
 def test_results_of_other_settings_are_refused(report):
     with pytest.raises(ValueError, match="num_images changed"):
         comparison(report.parent, num_images=4).run()

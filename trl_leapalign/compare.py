@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
 from .columns import CallColumns
+from .evaluation.generation import weights_digest
 from .evaluation.report import BASE, Result, write_report
 from .evaluation.settings import as_json, check_unchanged, read_json, write_json
 from .images import as_text, save_sample
@@ -231,6 +232,7 @@ class Comparison:
     def _measure(self, job: Job, directory: Path) -> Result:
         start = time.perf_counter()
         pipeline = self.make_pipeline().to(self.config.device)
+        self._check_same_weights(pipeline)
         self.judges.prepare(self.config.device)
         history, failed = [], False
         if job.seed is not None:
@@ -254,6 +256,13 @@ class Comparison:
         del pipeline
         _free_memory()
         return result
+
+    def _check_same_weights(self, pipeline: DiffusionPipeline) -> None:
+        """Raise ValueError if what is done was done with other weights of the pipeline."""
+        path, found = self.output_dir / "pipeline.json", {"weights of the pipeline": weights_digest(pipeline)}
+        check_unchanged(self.output_dir, read_json(path) or found, found, remedy="delete that folder")
+        if PartialState().is_main_process:
+            write_json(path, found)
 
     def _train(self, pipeline: DiffusionPipeline, config: LeapAlignConfig) -> list[dict[str, float]]:
         limit = [] if self.train_seconds is None else [TimeLimit(self.train_seconds)]
