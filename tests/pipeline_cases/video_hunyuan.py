@@ -106,7 +106,7 @@ def hunyuan15(task_type: str) -> dict[str, Any]:
     }
 
 
-def siglip() -> dict[str, Any]:
+def siglip(image_size: int = 216) -> dict[str, Any]:
     return {
         "image_encoder": SiglipVisionModel(
             SiglipVisionConfig(
@@ -114,11 +114,11 @@ def siglip() -> dict[str, Any]:
                 intermediate_size=37,
                 num_hidden_layers=2,
                 num_attention_heads=4,
-                image_size=216,
+                image_size=image_size,
                 patch_size=8,
             )
         ),
-        "feature_extractor": SiglipImageProcessorPil(size={"height": 216, "width": 216}),
+        "feature_extractor": SiglipImageProcessorPil(size={"height": image_size, "width": image_size}),
     }
 
 
