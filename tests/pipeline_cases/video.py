@@ -1,6 +1,6 @@
 """All pipelines that make videos."""
 
-from . import video_hunyuan, video_ltx, video_ltx2, video_new, video_others, video_wan
+from . import video_conditioned, video_hunyuan, video_ltx, video_ltx2, video_new, video_others, video_wan
 
 CASES = [
     *video_wan.CASES,
@@ -9,4 +9,5 @@ CASES = [
     *video_ltx2.CASES,
     *video_others.CASES,
     *video_new.CASES,
+    *video_conditioned.CASES,
 ]

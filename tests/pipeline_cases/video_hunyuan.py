@@ -29,7 +29,7 @@ from examples.tiny_edit import tiny_qwen_tokenizer, tiny_qwen_vl
 from .parts import VIDEO, arguments, case, image, long_clip_config
 
 
-def transformer(in_channels: int = 4) -> HunyuanVideoTransformer3DModel:
+def transformer(in_channels: int = 4, **settings: Any) -> HunyuanVideoTransformer3DModel:
     return HunyuanVideoTransformer3DModel(
         in_channels=in_channels,
         out_channels=4,
@@ -42,6 +42,7 @@ def transformer(in_channels: int = 4) -> HunyuanVideoTransformer3DModel:
         text_embed_dim=32,
         pooled_projection_dim=32,
         rope_axes_dim=(4, 4, 4),
+        **settings,
     )
 
 

@@ -1,4 +1,4 @@
-"""Videos by EasyAnimate, Motif, Kandinsky 6, Framepack, Sana-WM and Cosmos 3; sound by Stable Audio 3."""
+"""Videos by EasyAnimate, Motif and Kandinsky 6; sound by Stable Audio 3."""
 
 from typing import Any
 
@@ -8,29 +8,21 @@ from diffusers import (
     AutoencoderKLMagvit,
     AutoencoderSAME,
     ClassifierFreeGuidance,
-    Cosmos3OmniPipeline,
-    Cosmos3OmniTransformer,
     EasyAnimatePipeline,
     EasyAnimateTransformer3DModel,
     FlowMatchEulerDiscreteScheduler,
-    HunyuanVideoFramepackPipeline,
-    HunyuanVideoFramepackTransformer3DModel,
     Kandinsky6TI2VAPipeline,
     Kandinsky6Transformer3DModel,
     MMAudioVAE,
     MMAudioVocoder,
     MotifVideoPipeline,
     MotifVideoTransformer3DModel,
-    SanaWMPipeline,
-    SanaWMTransformer3DModel,
     StableAudio3DiTModel,
     StableAudio3Pipeline,
 )
 from diffusers.pipelines.stable_audio_3 import StableAudio3DurationEmbedder
 from transformers import (
     CLIPTextModel,
-    Gemma2Config,
-    Gemma2ForCausalLM,
     T5Gemma2EncoderConfig,
     T5GemmaConfig,
     T5GemmaEncoderModel,
@@ -41,12 +33,7 @@ from examples.tiny import VOCABULARY, tiny_tokenizer
 from examples.tiny_edit import tiny_qwen_processor, tiny_qwen_tokenizer, tiny_qwen_vl
 from examples.tiny_video import tiny_wan_vae
 
-from .image_parts import language_model
-from .parts import VIDEO, arguments, case, image, long_clip_config
-from .video_hunyuan import hunyuan, siglip
-from .video_hunyuan import inputs as hunyuan_inputs
-from .video_ltx2 import ltx2
-from .video_wan import unipc
+from .parts import VIDEO, arguments, case, long_clip_config
 
 GUIDED = {"negative_prompt": "a dog", "guidance_scale": 3.0}
 
@@ -165,68 +152,6 @@ def kandinsky6() -> dict[str, Any]:
     }
 
 
-def framepack() -> dict[str, Any]:
-    return {
-        **hunyuan(),
-        "transformer": HunyuanVideoFramepackTransformer3DModel(
-            in_channels=4,
-            out_channels=4,
-            num_attention_heads=2,
-            attention_head_dim=12,
-            num_layers=1,
-            num_single_layers=1,
-            num_refiner_layers=1,
-            text_embed_dim=32,
-            pooled_projection_dim=32,
-            rope_axes_dim=(4, 4, 4),
-            has_image_proj=True,
-            image_proj_dim=32,
-            has_clean_x_embedder=True,
-        ),
-        **siglip(16),
-    }
-
-
-def sana_wm() -> dict[str, Any]:
-    return {
-        "tokenizer": tiny_tokenizer(),
-        "text_encoder": language_model(Gemma2ForCausalLM, Gemma2Config),
-        "vae": ltx2()["vae"],
-        "transformer": SanaWMTransformer3DModel(
-            in_channels=4,
-            num_layers=2,
-            hidden_size=32,
-            num_attention_heads=2,
-            softmax_every_n=2,
-            linear_head_dim=16,
-            chunk_plucker_channels=12,
-            caption_channels=32,
-        ),
-        "scheduler": FlowMatchEulerDiscreteScheduler(shift=3.0),
-    }
-
-
-def cosmos3() -> dict[str, Any]:
-    return {
-        "transformer": Cosmos3OmniTransformer(
-            head_dim=16,
-            hidden_size=32,
-            intermediate_size=37,
-            latent_channel=4,
-            num_attention_heads=2,
-            num_hidden_layers=2,
-            num_key_value_heads=1,
-            patch_latent_dim=16,
-            vocab_size=len(tiny_qwen_tokenizer()),
-            rope_axes_dim=(4, 2, 2),
-        ),
-        "text_tokenizer": tiny_qwen_tokenizer(),
-        "vae": tiny_wan_vae(),
-        "scheduler": unipc(),
-        "enable_safety_checker": False,
-    }
-
-
 def stable_audio3() -> dict[str, Any]:
     sizes = {
         "vocab_size": len(VOCABULARY),
@@ -292,35 +217,6 @@ CASES = [
         Kandinsky6TI2VAPipeline,
         kandinsky6,
         lambda: arguments(**GUIDED, **VIDEO, max_sequence_length=16),
-    ),
-    case(
-        "hunyuan video framepack",
-        "image to video",
-        HunyuanVideoFramepackPipeline,
-        framepack,
-        lambda: {**hunyuan_inputs(image=image(), latent_window_size=2), "num_frames": 9},
-    ),
-    case(
-        "sana wm",
-        "image to video",
-        SanaWMPipeline,
-        sana_wm,
-        lambda: arguments(
-            **GUIDED,
-            **VIDEO,
-            image=image(),
-            action="w-5",
-            intrinsics=[16.0, 16.0, 8.0, 8.0],
-            max_sequence_length=16,
-            chi_prompt=["a photo of"],
-        ),
-    ),
-    case(
-        "cosmos 3",
-        "text to video",
-        Cosmos3OmniPipeline,
-        cosmos3,
-        lambda: arguments(**GUIDED, **VIDEO),
     ),
     case(
         "stable audio 3",
