@@ -15,6 +15,7 @@ from diffusers import (
     Kandinsky6Transformer3DModel,
     MMAudioVAE,
     MMAudioVocoder,
+    MotifVideoImage2VideoPipeline,
     MotifVideoPipeline,
     MotifVideoTransformer3DModel,
     StableAudio3DiTModel,
@@ -23,6 +24,7 @@ from diffusers import (
 from diffusers.pipelines.stable_audio_3 import StableAudio3DurationEmbedder
 from transformers import (
     CLIPTextModel,
+    SiglipImageProcessorPil,
     T5Gemma2EncoderConfig,
     T5GemmaConfig,
     T5GemmaEncoderModel,
@@ -33,7 +35,7 @@ from examples.tiny import VOCABULARY, tiny_tokenizer
 from examples.tiny_edit import tiny_qwen_processor, tiny_qwen_tokenizer, tiny_qwen_vl
 from examples.tiny_video import tiny_wan_vae
 
-from .parts import VIDEO, arguments, case, long_clip_config
+from .parts import VIDEO, arguments, case, image, long_clip_config
 
 GUIDED = {"negative_prompt": "a dog", "guidance_scale": 3.0}
 
@@ -66,7 +68,7 @@ def easy_animate() -> dict[str, Any]:
     }
 
 
-def motif() -> dict[str, Any]:
+def motif(**settings: Any) -> dict[str, Any]:
     sizes = {"hidden_size": 32, "intermediate_size": 37, "num_hidden_layers": 2, "num_attention_heads": 4}
     text = {"vocab_size": len(VOCABULARY) + 3, "num_key_value_heads": 2, "head_dim": 8, "dropout_rate": 0.0, **sizes}
     return {
@@ -96,6 +98,7 @@ def motif() -> dict[str, Any]:
             rope_axes_dim=(4, 4, 4),
             enable_text_cross_attention_dual=True,
             enable_text_cross_attention_single=True,
+            **settings,
         ),
         "guider": ClassifierFreeGuidance(guidance_scale=3.0),
     }
@@ -210,6 +213,16 @@ CASES = [
         MotifVideoPipeline,
         motif,
         lambda: arguments(**VIDEO, negative_prompt="a dog", max_sequence_length=16),
+    ),
+    case(
+        "motif",
+        "image to video",
+        MotifVideoImage2VideoPipeline,
+        lambda: {
+            **motif(image_embed_dim=32),
+            "feature_extractor": SiglipImageProcessorPil(size={"height": 16, "width": 16}),
+        },
+        lambda: arguments(**VIDEO, image=image(), negative_prompt="a dog", max_sequence_length=16),
     ),
     case(
         "kandinsky 6",
