@@ -7,13 +7,16 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline, StableDiffusion3Pipeline
 from diffusers.hooks import apply_group_offloading
+from pipeline_cases import CASES
 from pipeline_cases.images_more import z_image
 from pipeline_cases.laboratory import EveryStep
+from pipeline_cases.laboratory import make_trainer as make_case_trainer
 from rollout_cases import Case, add_lora, seeded, trained_parameters
 from training_cases import make_trainer
 
 from examples.tiny import tiny_flux, tiny_sd3
 from trl_leapalign.methods import DRaFT, LeapAlign, Method
+from trl_leapalign.rewards import VideoReward
 from trl_leapalign.rollout import run_rollout
 from trl_leapalign.rollout_model import RolloutModel
 
@@ -129,3 +132,24 @@ def test_a_block_that_computes_something_else_again_is_refused(tmp_path):
         make_trainer(tmp_path, pipeline, activation_checkpointing=True, dry_run=True)
     hook.remove()
     make_trainer(tmp_path, pipeline, activation_checkpointing=True, dry_run=True)
+
+
+def test_the_video_of_a_pipeline_for_one_prompt_at_a_time_is_one_sample(tmp_path):
+    """The pipeline returns the frames without a batch axis, and of a list of prompts it takes the first alone."""
+    [case] = [case for case in CASES if str(case) == "Cosmos3OmniPipeline"]
+    shapes = []
+
+    def reward(images: torch.Tensor, prompts: list[str], metadata: list[dict]) -> torch.Tensor:
+        shapes.append(images.shape)
+        return images.mean((1, 2, 3))
+
+    trainer = make_case_trainer(case, case.build(), tmp_path, VideoReward(reward))
+    trainer.train()
+    model = trainer.rollout_model
+    frames = case.build()(**case.inputs(), output_type="pt", return_dict=False)[0]
+    assert {shape[1:] for shape in shapes} == {frames.shape[1:]}
+    assert model(["a cat"], [0]).images.shape == (1, *frames.shape)
+    assert model.sample(["a cat"], [0]).shape == (1, *frames.shape)
+    for call in (model, model.sample):
+        with pytest.raises(ValueError, match=r"Cosmos3OmniPipeline returned shape .* for 2 samples.*batch size of 1"):
+            call(["a cat", "a dog"], [0, 1])

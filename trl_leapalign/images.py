@@ -182,6 +182,30 @@ def check_shapes(samples: Sequence[Any]) -> None:
         )
 
 
+def with_batch_axis(images: Tensor, num_samples: int, name: str) -> Tensor:
+    """Give a single video the batch axis that pipelines for one prompt at a time leave out.
+
+    Args:
+        images (Tensor): what a pipeline returned, shape (B, ...), or (F, 3, H, W) for a single video.
+        num_samples (int): how many samples there should be.
+        name (str): of the pipeline, for the message.
+
+    Returns:
+        Tensor: shape (B, ...).
+
+    Raises:
+        ValueError: if there are not as many.
+    """
+    if num_samples == 1 and images.ndim == 4 and len(images) > 1:
+        return images[None]
+    if len(images) != num_samples:
+        raise ValueError(
+            f"{name} returned shape {tuple(images.shape)} for {num_samples} samples. Set a batch size of 1 if it takes "
+            "one prompt at a time, and leave out arguments that make several samples of a prompt."
+        )
+    return images
+
+
 def open_image(value: Any) -> Image.Image:
     """Turn what a column holds into an image.
 

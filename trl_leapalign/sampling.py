@@ -10,7 +10,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from .columns import CallColumns
-from .images import check_shapes
+from .images import check_shapes, with_batch_axis
 from .seeds import Purpose, derive_seed, make_generator
 
 NO_COLUMNS = CallColumns()
@@ -47,13 +47,14 @@ def sample_images(
 
     Raises:
         ValueError: if images must be independent, but the solver draws noise of its own for a batch of several; if
-            they differ in size, or a row lacks what goes into the call.
+            they differ in size or number, or a row lacks what goes into the call.
     """
     images = []
     for own, kwargs in batch_calls(call_kwargs, columns, prompts, metadata, seed, purpose, indices):
         with solver_noise(seed, purpose, own[0]):
             before = _random_states()
-            images.append(pipeline(output_type="pt", return_dict=False, **kwargs)[0])
+            output = pipeline(output_type="pt", return_dict=False, **kwargs)[0]
+            images.append(with_batch_axis(output, len(own), type(pipeline).__name__))
             drawn = any(not torch.equal(*pair) for pair in zip(before, _random_states(), strict=True))
         if independent and drawn and len(own) > 1:
             raise ValueError(

@@ -29,7 +29,7 @@ from examples.tiny_edit import tiny_qwen_tokenizer, tiny_qwen_vl
 from .parts import VIDEO, arguments, case, image, long_clip_config
 
 
-def transformer(in_channels: int = 4) -> HunyuanVideoTransformer3DModel:
+def transformer(in_channels: int = 4, **settings: Any) -> HunyuanVideoTransformer3DModel:
     return HunyuanVideoTransformer3DModel(
         in_channels=in_channels,
         out_channels=4,
@@ -42,6 +42,7 @@ def transformer(in_channels: int = 4) -> HunyuanVideoTransformer3DModel:
         text_embed_dim=32,
         pooled_projection_dim=32,
         rope_axes_dim=(4, 4, 4),
+        **settings,
     )
 
 
@@ -106,7 +107,7 @@ def hunyuan15(task_type: str) -> dict[str, Any]:
     }
 
 
-def siglip() -> dict[str, Any]:
+def siglip(image_size: int = 216) -> dict[str, Any]:
     return {
         "image_encoder": SiglipVisionModel(
             SiglipVisionConfig(
@@ -114,11 +115,11 @@ def siglip() -> dict[str, Any]:
                 intermediate_size=37,
                 num_hidden_layers=2,
                 num_attention_heads=4,
-                image_size=216,
+                image_size=image_size,
                 patch_size=8,
             )
         ),
-        "feature_extractor": SiglipImageProcessorPil(size={"height": 216, "width": 216}),
+        "feature_extractor": SiglipImageProcessorPil(size={"height": image_size, "width": image_size}),
     }
 
 
