@@ -2,6 +2,7 @@
 
 import json
 import random
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,9 +13,9 @@ import torch
 from datasets import Dataset
 from diffusers import DiffusionPipeline
 
-from examples.shapes import evaluator, world
+from examples.shapes import evaluator, pretrain, world
 from examples.shapes.muon import Muon, orthogonalized
-from examples.shapes.reward import shapes_reward
+from examples.shapes.reward import nearness_first, shapes_reward
 
 MODEL = Path(__file__).parent.parent / "examples" / "shapes" / "model"
 Rows = list[world.Row]
@@ -152,6 +153,8 @@ def test_reward_prefers_right_scenes():
     assert wrong.mean() < 0.4
     assert (right > wrong).float().mean() >= 0.99
     assert torch.equal(right, (terms["nearness"] + terms["posterior"]) / 2)
+    trained_on, _ = nearness_first(scenes(rows, seed=3), [], rows)
+    torch.testing.assert_close(trained_on, 0.8 * terms["nearness"] + 0.2 * terms["posterior"])
 
 
 def test_reward_knows_binding_relation_and_count():
@@ -296,3 +299,21 @@ def test_muon_fits_a_linear_map():
         (inputs @ (weight - target).mT).square().mean().backward()
         optimizer.step()
     assert (weight - target).norm() < 0.2 * target.norm()
+
+
+def test_pretraining_runs_from_its_start_and_goes_on_from_its_checkpoint(tmp_path, monkeypatch):
+    sizes = "--pool 48 --vae-steps 2 --vae-batch 8 --decoder-steps 2 --flow-batch 8"
+
+    def pretrained(name: str, flow_steps: int, checkpoint: str) -> DiffusionPipeline:
+        places = ["--output", str(tmp_path / name), "--checkpoint", str(tmp_path / checkpoint)]
+        monkeypatch.setattr(sys, "argv", ["pretrain", *sizes.split(), "--flow-steps", str(flow_steps), *places])
+        pretrain.main()
+        return DiffusionPipeline.from_pretrained(tmp_path / name)
+
+    whole = pretrained("whole", 4, "a")
+    images = evaluator.sample(whole, world.prompt_rows("held-out")[:2], num_inference_steps=2)
+    assert images.shape == (2, 3, 48, 48) and images.std() > 0
+    assert whole.vae.config.scaling_factor != 1 and whole.transformer.proj_out.weight.any()
+    again = pretrained("again", 4, "a")
+    for name, value in whole.transformer.state_dict().items():
+        assert torch.equal(value, again.transformer.state_dict()[name]), name
