@@ -330,30 +330,43 @@ def test_help_needs_no_arguments(module):
     assert result.returncode == 0 and "compare" in result.stdout
 
 
-def test_the_shapes_comparison_is_the_default(monkeypatch, tmp_path):
-    """Its file fits the options; only the training is left out."""
+@pytest.fixture
+def shapes_comparison(monkeypatch, tmp_path):
+    """Makes the comparison of the command's options; only the training is left out."""
     monkeypatch.chdir(Path(__file__).parent.parent)
     monkeypatch.setattr(sys, "path", list(sys.path))
     seen = []
     monkeypatch.setattr(Comparison, "run", lambda self: seen.append(self) or Path("README.md"))
-    main(["compare", "--output_dir", str(tmp_path)])
-    assert len(seen[0].runs) == 8
-    assert len(seen[0].train_rows) == 360 and len(seen[0].eval_rows) == 1000 and len(seen[0].tuning_rows) == 360
-    assert seen[0].judges.names == ["is_right"]
-    assert torch.equal(seen[0].judges.functions[0](torch.full((1, 3, 48, 48), 0.5), [""], EVAL_ROW), torch.zeros(1))
+
+    def make(*options):
+        main(["compare", "--output_dir", str(tmp_path), *options])
+        return seen[-1]
+
+    return make
 
 
-def test_the_ablations_can_be_run(monkeypatch, tmp_path):
-    monkeypatch.chdir(Path(__file__).parent.parent)
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    seen = []
-    monkeypatch.setattr(Comparison, "run", lambda self: seen.append(self) or Path("README.md"))
-    main(["compare", "--config", "examples/shapes/ablations.yaml", "--output_dir", str(tmp_path)])
-    methods = {name: seen[0].config_of(Job(name, 0)).build_method() for name in seen[0].runs}
+def test_the_shapes_comparison_is_the_default(shapes_comparison):
+    found = shapes_comparison()
+    assert len(found.runs) == 8
+    assert len(found.train_rows) == 360 and len(found.eval_rows) == 1000 and len(found.tuning_rows) == 360
+    assert found.judges.names == ["is_right"]
+    assert torch.equal(found.judges.functions[0](torch.full((1, 3, 48, 48), 0.5), [""], EVAL_ROW), torch.zeros(1))
+
+
+def test_the_ablations_can_be_run(shapes_comparison):
+    found = shapes_comparison("--config", "examples/shapes/ablations.yaml")
+    methods = {name: found.config_of(Job(name, 0)).build_method() for name in found.runs}
     assert methods["alpha 0.1"].gradient_discount == 0.1 and methods["three leaps"].num_leaps == 3
-    assert seen[0].config_of(Job("threshold 0.8", 0)).reward_threshold == [0.8]
+    assert found.config_of(Job("threshold 0.8", 0)).reward_threshold == [0.8]
     changed = [name for name, method in methods.items() if method != methods["leapalign"]]
     assert len(changed) == len(methods) - 4  # the first, and the thresholds
+
+
+def test_the_pairs_can_be_compared(shapes_comparison):
+    found = shapes_comparison("--config", "examples/shapes/pairs.yaml")
+    configs = [found.config_of(Job(name, 0)) for name in found.runs]
+    assert [config.build_method().pairs_per_rollout for config in configs] == [1, 2, 4, 8]
+    assert all(config.sample_num_steps == 16 for config in configs) and found.train_seconds == 75
 
 
 EVAL_ROW = [
