@@ -49,7 +49,8 @@ def check_images(images: Any, name: str, video: bool = False) -> None:
             "trl_leapalign.rewards scores the frames and takes their mean."
         )
     if not video and (images.ndim != 4 or shape[1] != 3):
-        hint = " The channels come second: pass images.permute(0, 3, 1, 2)." if shape[3:] == (3,) else ""
+        hint = " If the fourth channel is opacity, leave it out: pass images[:, :3]." if shape[1:2] == (4,) else ""
+        hint = " The channels come second: pass images.permute(0, 3, 1, 2)." if shape[3:] == (3,) else hint
         raise ValueError(f"{name} takes images of shape (B, 3, H, W), but got {shape}.{hint}")
     if 0 in shape:
         raise ValueError(f"{name} got no pixels: the shape of the images is {shape}.")
@@ -180,6 +181,26 @@ def check_shapes(samples: Sequence[Any]) -> None:
             f"The samples of a batch differ in size: {shapes}. Set height and width if they follow from the inputs, "
             "give samples the same number of frames, or take a batch size of 1."
         )
+
+
+def join_samples(output: Any, num_samples: int) -> Any:
+    """Stack what some pipelines return as a list with a tensor for each sample, such as the layers of an image.
+
+    Args:
+        output (Any): of a pipeline.
+        num_samples (int): samples of its batch.
+
+    Returns:
+        Any: a tensor, shape (B, ...), of such a list; else the output itself.
+
+    Raises:
+        ValueError: if the samples differ in size.
+    """
+    tensors = isinstance(output, list) and all(isinstance(sample, Tensor) for sample in output)
+    if not tensors or len(output) != num_samples:
+        return output
+    check_shapes(output)
+    return torch.stack(output)
 
 
 def open_image(value: Any) -> Image.Image:

@@ -10,7 +10,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from .columns import CallColumns
-from .images import check_shapes
+from .images import check_shapes, join_samples
 from .seeds import Purpose, derive_seed, make_generator
 
 NO_COLUMNS = CallColumns()
@@ -53,7 +53,8 @@ def sample_images(
     for own, kwargs in batch_calls(call_kwargs, columns, prompts, metadata, seed, purpose, indices):
         with solver_noise(seed, purpose, own[0]):
             before = _random_states()
-            images.append(pipeline(output_type="pt", return_dict=False, **kwargs)[0])
+            output = pipeline(output_type="pt", return_dict=False, **kwargs)[0]
+            images.append(join_samples(output, len(own)))
             drawn = any(not torch.equal(*pair) for pair in zip(before, _random_states(), strict=True))
         if independent and drawn and len(own) > 1:
             raise ValueError(
