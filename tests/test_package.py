@@ -28,7 +28,7 @@ ALLOWED = {
     "methods": {"methods", "flow", "ranges"},
     "pipelines": set(),
     "streams": {"flow", "methods"},
-    "rollout": {"flow", "methods", "pipelines", "streams"},
+    "rollout": {"flow", "images", "methods", "pipelines", "streams"},
     "base_penalty": set(),
     "sampling": {"seeds", "columns", "images"},
     "backward": set(),

@@ -92,7 +92,7 @@ def test_gradients_are_those_of_finite_differences(laboratory):
 
 def test_training_moves_adapters_alone_and_what_is_saved_is_what_was_trained(laboratory, tmp_path):
     before = all_weights(laboratory.pipeline)
-    trained = {name.replace(".base_layer", "") for name in laboratory.trained}
+    trained = laboratory.trained_names
     trainer = make_trainer(laboratory.case, laboratory.pipeline, tmp_path / "run", mean_square)
     trainer.train()
     after = all_weights(laboratory.pipeline)

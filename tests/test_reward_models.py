@@ -239,7 +239,7 @@ IMAGES = random_images(3, 3, 8, 8)
         (torch.where(IMAGES > 0.5, torch.nan, IMAGES), ValueError, "values from nan to nan.*NaN comes from a decoder"),
         (IMAGES[0], ValueError, r"of shape \(B, 3, H, W\), but got \(3, 8, 8\)\.$"),
         (IMAGES[:, :1], ValueError, r"but got \(3, 1, 8, 8\)"),
-        (random_images(3, 4, 8, 8), ValueError, r"but got \(3, 4, 8, 8\)"),
+        (random_images(3, 4, 8, 8), ValueError, r"but got \(3, 4, 8, 8\)\. If the fourth .* pass images\[:, :3\]"),
         (random_images(2, 8, 9, 3), ValueError, r"but got \(2, 8, 9, 3\)\. The channels come second: pass images.perm"),
         (IMAGES[:, None], ValueError, "is a video's. Wrap it: VideoReward"),
         (IMAGES[:0], ValueError, r"got no pixels: the shape of the images is \(0, 3, 8, 8\)"),

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import (
+    AutoencoderKL,
     DiffusionPipeline,
     FluxPipeline,
     StableDiffusion3Img2ImgPipeline,
@@ -389,6 +390,41 @@ def test_a_pipeline_without_trained_parameters_runs_without_graph():
     output = rollout(pipeline, Case("flux").inputs())
     assert torch.equal(output.images, plain(pipeline, Case("flux").inputs()))
     assert not output.images.requires_grad
+
+
+class ListsItsSamples(FluxPipeline):
+    """Returns a list of tensors, one a sample, as pipelines that divide an image into layers do."""
+
+    @torch.no_grad()
+    @functools.wraps(inspect.unwrap(FluxPipeline.__call__))
+    def __call__(self, *args, **kwargs):
+        [images] = inspect.unwrap(FluxPipeline.__call__)(self, *args, **kwargs)
+        return (list(images),)
+
+
+def test_a_list_of_samples_is_joined():
+    source = Case("flux").pipeline()
+    pipeline = ListsItsSamples(**source.components)
+    pipeline.set_progress_bar_config(disable=True)
+    output = rollout(pipeline, Case("flux").inputs())
+    assert output.images.requires_grad
+    assert torch.equal(output.images, plain(source, Case("flux").inputs()))
+
+
+class ReadsAFlagItNeverSets(AutoencoderKL):
+    def decode(self, *args, **kwargs):
+        assert not (torch.is_grad_enabled() and self.gradient_checkpointing)
+        return super().decode(*args, **kwargs)
+
+
+def test_a_model_may_lack_the_flag_of_gradient_checkpointing():
+    pipeline = Case("flux").pipeline()
+    expected = plain(pipeline, Case("flux").inputs())
+    pipeline.vae.__class__ = ReadsAFlagItNeverSets
+    output = rollout(pipeline, Case("flux").inputs())
+    assert torch.equal(output.images, expected)
+    assert output.images.requires_grad
+    assert not hasattr(pipeline.vae, "gradient_checkpointing")
 
 
 class Detaching(FluxPipeline):

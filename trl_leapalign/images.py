@@ -49,7 +49,8 @@ def check_images(images: Any, name: str, video: bool = False) -> None:
             "trl_leapalign.rewards scores the frames and takes their mean."
         )
     if not video and (images.ndim != 4 or shape[1] != 3):
-        hint = " The channels come second: pass images.permute(0, 3, 1, 2)." if shape[3:] == (3,) else ""
+        hint = " If the fourth channel is opacity, leave it out: pass images[:, :3]." if shape[1:2] == (4,) else ""
+        hint = " The channels come second: pass images.permute(0, 3, 1, 2)." if shape[3:] == (3,) else hint
         raise ValueError(f"{name} takes images of shape (B, 3, H, W), but got {shape}.{hint}")
     if 0 in shape:
         raise ValueError(f"{name} got no pixels: the shape of the images is {shape}.")
@@ -182,28 +183,34 @@ def check_shapes(samples: Sequence[Any]) -> None:
         )
 
 
-def with_batch_axis(images: Tensor, num_samples: int, name: str) -> Tensor:
-    """Give a single video the batch axis that pipelines for one prompt at a time leave out.
+def by_sample(output: Any, num_samples: int, name: str) -> Any:
+    """Give what a pipeline returned the batch axis that some leave out.
 
     Args:
-        images (Tensor): what a pipeline returned, shape (B, ...), or (F, 3, H, W) for a single video.
-        num_samples (int): how many samples there should be.
+        output (Any): a tensor of shape (B, ...); of a single video (F, 3, H, W); or a list with a tensor for each
+            sample, such as the layers of an image.
+        num_samples (int): samples B that there should be.
         name (str): of the pipeline, for the message.
 
     Returns:
-        Tensor: shape (B, ...).
+        Any: a tensor of shape (B, ...); what is neither a tensor nor a list of tensors as it is.
 
     Raises:
-        ValueError: if there are not as many.
+        ValueError: if there are not as many samples, or they differ in size.
     """
-    if num_samples == 1 and images.ndim == 4 and len(images) > 1:
-        return images[None]
-    if len(images) != num_samples:
+    if isinstance(output, list) and all(isinstance(sample, Tensor) for sample in output):
+        check_shapes(output)
+        output = torch.stack(output)
+    if not isinstance(output, Tensor):
+        return output
+    if num_samples == 1 and output.ndim == 4 and len(output) > 1:
+        return output[None]
+    if len(output) != num_samples:
         raise ValueError(
-            f"{name} returned shape {tuple(images.shape)} for {num_samples} samples. Set a batch size of 1 if it takes "
+            f"{name} returned shape {tuple(output.shape)} for {num_samples} samples. Set a batch size of 1 if it takes "
             "one prompt at a time, and leave out arguments that make several samples of a prompt."
         )
-    return images
+    return output
 
 
 def open_image(value: Any) -> Image.Image:

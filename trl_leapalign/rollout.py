@@ -19,6 +19,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from .flow import connect
+from .images import by_sample
 from .methods.base import Method, Schedule
 from .pipelines import (
     check_call_arguments,
@@ -33,6 +34,7 @@ from .pipelines import (
 from .streams import Stream, Timesteps, plain_attribute, read_schedule
 
 OUTPUT_TYPES = ("pt", "latent")
+CHECKPOINTING = "gradient_checkpointing"
 
 
 @dataclass(frozen=True)
@@ -307,6 +309,8 @@ class _Recorder:
                     f"{name} stopped after {stream.num_taken} of {stream.num_to_take} steps. Leave out the "
                     "arguments that end the sampling early."
                 )
+        outcomes = [stream.trajectory.outcome() for stream in streams]
+        images = by_sample(images, len(outcomes[0].weights), name)
         if not isinstance(images, Tensor):
             raise ValueError(f"{name} returned {type(images).__name__} for tensors; it cannot be differentiated.")
         trained = any(p.requires_grad for module in modules_of(pipeline).values() for p in module.parameters())
@@ -315,7 +319,6 @@ class _Recorder:
                 f"The output of {name} carries no gradient: something between its denoiser and its output detaches it, "
                 "or none of the parameters that require gradients take part in the sampling."
             )
-        outcomes = [stream.trajectory.outcome() for stream in streams]
         return RolloutOutput(
             images=images,
             weights=torch.stack([outcome.weights for outcome in outcomes]).mean(0),
@@ -338,6 +341,9 @@ def _instrumented(pipeline: DiffusionPipeline, recorder: _Recorder) -> Iterator[
             _record_gradients(part, stack)
             stack.enter_context(quiet(part))
         for module in modules_of(pipeline).values():
+            if getattr(module, "_supports_gradient_checkpointing", False) and not hasattr(module, CHECKPOINTING):
+                # Some models, made to be run without gradients, read this flag with them but never set it.
+                stack.enter_context(temporary_attribute(module, CHECKPOINTING, False))
             if any(parameter.requires_grad for parameter in module.parameters()):
                 for submodule in module.modules():
                     _record_gradients(submodule, stack)

@@ -10,7 +10,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from .columns import CallColumns
-from .images import check_shapes, with_batch_axis
+from .images import by_sample, check_shapes
 from .seeds import Purpose, derive_seed, make_generator
 
 NO_COLUMNS = CallColumns()
@@ -54,7 +54,7 @@ def sample_images(
         with solver_noise(seed, purpose, own[0]):
             before = _random_states()
             output = pipeline(output_type="pt", return_dict=False, **kwargs)[0]
-            images.append(with_batch_axis(output, len(own), type(pipeline).__name__))
+            images.append(by_sample(output, len(own), type(pipeline).__name__))
             drawn = any(not torch.equal(*pair) for pair in zip(before, _random_states(), strict=True))
         if independent and drawn and len(own) > 1:
             raise ValueError(

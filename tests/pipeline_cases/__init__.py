@@ -5,7 +5,7 @@ from importlib.util import find_spec
 
 from .base import PipelineCase
 
-MODULES = ("images", "images_more", "images_vlm", "video", "edits", "refused")
+MODULES = ("images", "images_more", "images_vlm", "images_new", "video", "edits", "edits_new", "refused")
 CASES: list[PipelineCase] = [
     case
     for module in MODULES

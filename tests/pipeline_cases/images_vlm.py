@@ -126,11 +126,11 @@ def qwen_image() -> dict[str, Any]:
     }
 
 
-def kandinsky5() -> Kandinsky5T2IPipeline:
+def kandinsky5_parts(**settings: Any) -> dict[str, Any]:
     torch.manual_seed(0)
     clip = tiny_clip_config()
     clip.max_position_embeddings = 77
-    components = {
+    return {
         "transformer": Kandinsky5Transformer3DModel(
             in_visual_dim=4,
             out_visual_dim=4,
@@ -142,6 +142,7 @@ def kandinsky5() -> Kandinsky5T2IPipeline:
             num_text_blocks=1,
             num_visual_blocks=2,
             axes_dims=(4, 6, 6),
+            **settings,
         ),
         "vae": tiny_vae(latent_channels=4),
         "text_encoder": tiny_qwen_vl(),
@@ -150,7 +151,10 @@ def kandinsky5() -> Kandinsky5T2IPipeline:
         "tokenizer_2": tiny_tokenizer(),
         "scheduler": euler(),
     }
-    pipeline = frozen(Kandinsky5T2IPipeline(**components))
+
+
+def kandinsky5() -> Kandinsky5T2IPipeline:
+    pipeline = frozen(Kandinsky5T2IPipeline(**kandinsky5_parts()))
     pipeline.resolutions = [(32, 32)]
     return pipeline
 

@@ -12,7 +12,7 @@ from trl_leapalign import LeapAlignConfig, LeapAlignTrainer
 from trl_leapalign.adapters import attach_lora, find_denoisers
 from trl_leapalign.backward import WRITTEN_INTO, copies_of_saved_tensors
 from trl_leapalign.methods import LeapAlign, Method, Schedule
-from trl_leapalign.pipelines import schedulers_of
+from trl_leapalign.pipelines import modules_of, schedulers_of
 from trl_leapalign.rollout import RolloutOutput, run_rollout
 
 from .base import PipelineCase
@@ -76,9 +76,21 @@ class Laboratory:
             if parameter.requires_grad
         }
 
+    @property
+    def trained_names(self) -> set[str]:
+        """All names of what is trained, as before an adapter came: components may share modules."""
+        trained = {id(parameter) for parameter in self.trained.values()}
+        return {
+            f"{name}.{key}".replace(".base_layer", "")
+            for name, module in modules_of(self.pipeline).items()
+            for key, parameter in module.named_parameters(remove_duplicate=False)
+            if id(parameter) in trained
+        }
+
     def plain(self, pipeline: DiffusionPipeline | None = None) -> Tensor:
         torch.manual_seed(0)
-        return (pipeline or self.pipeline)(**self.case.inputs(), output_type="pt", return_dict=False)[0]
+        output = (pipeline or self.pipeline)(**self.case.inputs(), output_type="pt", return_dict=False)[0]
+        return torch.stack(output) if isinstance(output, list) else output
 
     def rollout(self, method: Method) -> RolloutOutput:
         torch.manual_seed(0)
