@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .backward import WRITTEN_INTO, check_checkpointing, copies_of_saved_tensors
 from .base_penalty import distances_to_base
 from .columns import CallColumns
-from .images import check_shapes
+from .images import by_sample, check_shapes
 from .methods import DRaFT, Method
 from .pipelines import modules_of, quiet
 from .rollout import RolloutOutput, run_rollout
@@ -104,6 +104,8 @@ class RolloutModel(nn.Module):
                 method_generator=make_generator(self.seed, Purpose.STEPS, indices[0] // self.draw_group_size),
                 **call_kwargs,
             )
+        copies = max(len(output.weights) // len(indices), 1)
+        by_sample(output.images, copies * len(indices), type(self.pipeline).__name__)  # some take one prompt of several
         return replace(output, penalty=torch.stack(distances).mean(0)) if distances else output
 
     def sample(self, prompts: list[str], indices: list[int], metadata: Sequence[Mapping[str, Any]] = ()) -> Tensor:
