@@ -19,14 +19,12 @@ HEAD = "| Pipeline | Family | Task | Scheduler | Trained | Calls a step | Checkp
 
 @dataclass(frozen=True)
 class Steps(LeapAlign):
-    """Takes note of the latest schedule that it is asked to plan, and of the denoisers' calls since then."""
+    """Takes note of the schedules that it is asked to plan, and of the denoisers' calls after each."""
 
-    seen: list[Schedule] = field(default_factory=list, compare=False)
-    calls: list[str] = field(default_factory=list, compare=False)
+    loops: list[tuple[Schedule, list[str]]] = field(default_factory=list, compare=False)
 
     def plan(self, schedule: Schedule, generator: torch.Generator | None) -> Plan:
-        self.seen[:] = [schedule]
-        self.calls.clear()
+        self.loops.append((schedule, []))
         return super().plan(schedule, generator)
 
 
@@ -39,14 +37,15 @@ def row(case: PipelineCase) -> str:
     laboratory = Laboratory(case)
     method = Steps()
     for name, denoiser in laboratory.denoisers.items():
-        denoiser.register_forward_pre_hook(lambda module, args, name=name: method.calls.append(name))
+        denoiser.register_forward_pre_hook(lambda module, args, name=name: method.loops[-1][1].append(name))
     laboratory.rollout(method)
+    schedule, calls = [loop for loop in method.loops if loop[1]][-1]
     pipeline = laboratory.pipeline
     saved = "the pipeline" if saved_by_pipeline(pipeline, laboratory.denoisers) else "PEFT"
     scheduler = next(type(each).__name__ for each in schedulers_of(pipeline) if is_flow_matching(each))
     checkpointing = f"no: {case.checkpointing}" if case.checkpointing else "yes"
     denoisers = ", ".join(f"`{name}`" for name in laboratory.denoisers)
-    calls_a_step = f"{len(method.calls) / method.seen[0].num_steps:g}"
+    calls_a_step = f"{len(calls) / schedule.num_steps:g}"
     scheduler = scheduler.removesuffix("Scheduler")
     return f"{cheap_columns(case)} {scheduler} | {denoisers} | {calls_a_step} | {checkpointing} | {saved} |\n"
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from trl_leapalign import LeapAlignConfig, LeapAlignTrainer
 from trl_leapalign.adapters import attach_lora, find_denoisers
 from trl_leapalign.backward import WRITTEN_INTO, copies_of_saved_tensors
+from trl_leapalign.images import by_sample
 from trl_leapalign.methods import LeapAlign, Method, Schedule
 from trl_leapalign.pipelines import modules_of, schedulers_of
 from trl_leapalign.rollout import RolloutOutput, run_rollout
@@ -90,7 +91,7 @@ class Laboratory:
     def plain(self, pipeline: DiffusionPipeline | None = None) -> Tensor:
         torch.manual_seed(0)
         output = (pipeline or self.pipeline)(**self.case.inputs(), output_type="pt", return_dict=False)[0]
-        return torch.stack(output) if isinstance(output, list) else output
+        return by_sample(output, 1, str(self.case))
 
     def rollout(self, method: Method) -> RolloutOutput:
         torch.manual_seed(0)
