@@ -225,7 +225,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output_dir", default="outputs/quickstart", help="where pictures and adapter go")
     parser.add_argument("--seed", type=int, default=0, help="of the training run")
-    parser.add_argument("--max_steps", type=int, default=270, help="updates of 24 images")
+    parser.add_argument("--max_steps", type=int, default=360, help="updates of 24 images")
     parser.add_argument("--learning_rate", type=float, default=1e-3, help="of the LoRA adapter")
     parser.add_argument("--num_images", type=int, default=1000, help="pictures of an evaluation")
     return parser.parse_args()

@@ -9,6 +9,7 @@ import torch
 from accelerate import PartialState
 from peft import LoraConfig
 from safetensors.torch import save_file
+from test_inputs import ROWS, image_to_image, nearness
 from training_cases import PROMPTS, Recorder, make_trainer, redness, trained_weights
 
 from examples.tiny import tiny_flux
@@ -16,16 +17,18 @@ from examples.tiny import tiny_flux
 SETTINGS = {"use_cpu": True, "method_kwargs": {"similarity_floor": 1e-4}, "adam_epsilon": 1e-3}
 
 
-def train(directory: Path, batch_size: int, **settings) -> dict:
+def train(directory: Path, batch_size: int, pipeline=None, reward=redness, prompts=PROMPTS, **settings) -> dict:
     recorder = Recorder()
     adapter = LoraConfig(r=4, lora_alpha=4, target_modules=["to_q", "to_k", "to_v", "to_out.0"])
     trainer = make_trainer(
         directory,
-        tiny_flux().to(torch.float64),
+        (pipeline or tiny_flux()).to(torch.float64),
+        reward,
+        prompts=prompts,
         arguments={
             "callbacks": [recorder],
             "peft_config": None if settings.get("full_finetuning") else adapter,
-            "eval_dataset": PROMPTS[:3],
+            "eval_dataset": prompts[:3],
             "image_samples_hook": lambda data, step, tracker: (directory / f"hook-{process()}").touch(),
         },
         per_device_train_batch_size=batch_size,
@@ -73,6 +76,11 @@ def main(directory: Path, batch_size: int, accumulation: int) -> None:
         "full": train(
             directory / "full", batch_size, gradient_accumulation_steps=accumulation, full_finetuning=True,
             activation_checkpointing=True, learning_rate=1e-3, max_grad_norm=1e-2,
+        ),
+        "columns": train(
+            directory / "columns", batch_size, image_to_image(), nearness, ROWS,
+            gradient_accumulation_steps=accumulation, sample_kwargs={"strength": 0.9, "max_sequence_length": 16},
+            sample_num_steps=4,
         ),
         "nan": meet_nan(directory / "nan"),
     }  # fmt: skip

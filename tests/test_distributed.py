@@ -13,6 +13,7 @@ from training_cases import relative_error, same
 
 SCRIPT = Path(__file__).with_name("distributed_script.py")
 TOLERANCE = 1e-12
+TRAININGS = ("lora", "full", "columns")  # the last with images from the prompts' rows
 
 
 def free_port() -> int:
@@ -48,7 +49,7 @@ def seen(runs, run, process=0):
     return json.loads((runs / run / f"seen-{process}.json").read_text())
 
 
-@pytest.mark.parametrize("training", ["lora", "full"])
+@pytest.mark.parametrize("training", TRAININGS)
 @pytest.mark.parametrize("kind", ["gradients", "weights"])
 def test_two_processes_learn_what_one_learns(kind, training, runs):
     expected = load_file(runs / "one" / training / f"{kind}-0.safetensors")
@@ -59,7 +60,7 @@ def test_two_processes_learn_what_one_learns(kind, training, runs):
         assert {key.partition(".")[0] for key in expected} == {"0", "1"}
 
 
-@pytest.mark.parametrize("training", ["lora", "full"])
+@pytest.mark.parametrize("training", TRAININGS)
 def test_logged_values_agree(training, runs):
     one, two = (seen(runs, run)[training]["history"] for run in ("one", "two"))
     assert [entry["step"] for entry in one] == [entry["step"] for entry in two] == [1, 2, 2, 2]
@@ -81,7 +82,7 @@ def test_logged_values_agree(training, runs):
         assert actual["grad_norm"] == pytest.approx(expected["grad_norm"], rel=TOLERANCE)
 
 
-@pytest.mark.parametrize("training", ["lora", "full"])
+@pytest.mark.parametrize("training", TRAININGS)
 def test_evaluations_agree(training, runs):
     """Three prompts on two processes: one has two of them."""
     one, two, other = (seen(runs, *who)[training]["metrics"] for who in (("one",), ("two",), ("two", 1)))
@@ -89,7 +90,7 @@ def test_evaluations_agree(training, runs):
         assert two[key] == other[key] == pytest.approx(one[key], rel=1e-6)
 
 
-@pytest.mark.parametrize("training", ["lora", "full"])
+@pytest.mark.parametrize("training", TRAININGS)
 def test_only_the_first_process_writes(training, runs):
     def files(run):
         paths = (path.relative_to(runs / run / training) for path in (runs / run / training).rglob("*"))
