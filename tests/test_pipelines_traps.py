@@ -15,7 +15,7 @@ from rollout_cases import Case, add_lora, seeded, trained_parameters
 from training_cases import make_trainer
 
 from examples.tiny import tiny_flux, tiny_sd3
-from trl_leapalign.methods import DRaFT, LeapAlign, Method
+from trl_leapalign.methods import DRaFT, DRTune, FlowBPBridge, FlowBPSparse, LeapAlign, Method
 from trl_leapalign.rewards import VideoReward
 from trl_leapalign.rollout import run_rollout
 from trl_leapalign.rollout_model import RolloutModel
@@ -62,11 +62,43 @@ def test_segments_of_equally_many_steps_take_the_same_ones():
     output = run_rollout(pipeline, LeapAlign(), method_generator=generator, **Case("sd3").inputs(6))
     assert len(modes) == 12 and len(output.latents) == 2
     assert [step for step in range(6) if modes[step]] == list(output.active_steps)
-    # The first step after a loop runs with gradients, which the decoder of a pipeline with one loop needs.
-    assert [step for step in range(1, 6) if modes[6 + step]] == [step for step in output.active_steps if step > 0]
+    assert [step for step in range(6) if modes[6 + step]] == list(output.active_steps)
     alone = seeded(0)
     run_rollout(Case("sd3").pipeline(), LeapAlign(), method_generator=alone, **Case("sd3").inputs(6))
     assert torch.equal(generator.get_state(), alone.get_state())
+
+
+class Repeated(StableDiffusion3Pipeline):
+    """Samples the same once or more often, and returns the last."""
+
+    num_loops = 1
+
+    @torch.no_grad()
+    @functools.wraps(inspect.unwrap(StableDiffusion3Pipeline.__call__))
+    def __call__(self, *args, generator=None, **kwargs):
+        noise = torch.randn(2, 4, 8, 8, generator=generator, dtype=self.transformer.dtype)
+        for _ in range(self.num_loops):
+            output = super().__call__(*args, **kwargs, latents=noise)
+        return output
+
+
+@pytest.mark.parametrize(
+    "method", [FlowBPSparse(num_active_steps=1), FlowBPBridge(num_active_steps=3), DRTune(), LeapAlign()]
+)
+def test_a_loop_after_another_has_the_gradient_that_it_has_alone(method):
+    pipeline = Repeated(**Case("sd3").pipeline().components).to(torch.float64)
+    pipeline.set_progress_bar_config(disable=True)
+    trained = trained_parameters(pipeline)
+    images, gradients = [], []
+    for pipeline.num_loops in (1, 2):
+        output = run_rollout(pipeline, method, method_generator=seeded(2), **Case("sd3").inputs(5))
+        assert 0 not in output.active_steps
+        images.append(output.images.detach())
+        gradients.append(torch.autograd.grad(output.images.square().sum(), list(trained.values()), allow_unused=True))
+    assert torch.equal(*images)
+    for once, twice in zip(*gradients, strict=True):
+        assert (once is None and twice is None) or (twice - once).norm() <= 1e-12 * once.norm()
+    assert any(once is not None and once.any() for once in gradients[0])
 
 
 def test_group_offloading_is_refused():

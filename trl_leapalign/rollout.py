@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline, SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
-from torch import Tensor
+from torch import Tensor, nn
 
 from .flow import connect
 from .images import by_sample
@@ -245,6 +245,8 @@ class _Recorder:
         stream = self.streams[id(scheduler)]
         with torch.enable_grad():
             velocity, latents = bound.arguments["model_output"], stream.restored(bound.arguments["sample"])
+        if not stream.is_active(stream.num_taken):
+            velocity = velocity.detach()
         bound.arguments.update(model_output=velocity, sample=latents)
         if stream.clean is not None:
             output = stream.last_output
@@ -286,13 +288,18 @@ class _Recorder:
             self.copy_generators = copies if len(copies) > 1 else copies[0]
         return randn_tensor(latents.shape, self.copy_generators, latents.device, latents.dtype)
 
-    def switch_gradients(self) -> None:
-        """Turn gradients on for an active step, and for good once no stream is in the middle of its steps."""
+    def before_call(self, module: nn.Module, args: tuple) -> None:
+        """A schedule that was set after a loop may be another loop's or no one's: a denoiser's call tells."""
+        if torch.is_grad_enabled():
+            self.switch_gradients(in_call=True)
+
+    def switch_gradients(self, in_call: bool = False) -> None:
+        """Turn gradients on for an active step, and whenever no stream is in the middle of its steps."""
         streams = self.streams.values()
         next_active = any(stream.is_active(stream.num_taken) for stream in streams)
         begun = self.finished or any(stream.num_taken for stream in streams)
-        through = begun and not any(stream.running for stream in streams)
-        enabled = bool(next_active or through)
+        running = any(stream.running or (in_call and stream.num_taken == 0) for stream in streams)
+        enabled = bool(next_active or (begun and not running))
         if enabled != torch.is_grad_enabled():
             torch.set_grad_enabled(enabled)
             # A weight that autocast cast without gradient would be used again with gradient.
@@ -345,6 +352,7 @@ def _instrumented(pipeline: DiffusionPipeline, recorder: _Recorder) -> Iterator[
                 # Some models, made to be run without gradients, read this flag with them but never set it.
                 stack.enter_context(temporary_attribute(module, CHECKPOINTING, False))
             if any(parameter.requires_grad for parameter in module.parameters()):
+                stack.callback(module.register_forward_pre_hook(recorder.before_call, prepend=True).remove)
                 for submodule in module.modules():
                     _record_gradients(submodule, stack)
             for submodule in filter(lambda part: part.training, module.modules()):
