@@ -6,6 +6,7 @@ from statistics import fmean
 
 import pytest
 import torch
+from peft import LoraConfig
 from scipy import stats
 from training_cases import blueness, make_config, make_trainer, redness
 
@@ -138,6 +139,7 @@ def test_results_of_other_settings_are_refused(report):
         ({"group_by": None}, "group_by"),
         ({"evaluators": [redness]}, "judges"),
         ({"train_seconds": 100.0}, "train_seconds"),
+        ({"peft_config": LoraConfig(r=2, target_modules=["to_q"])}, "peft_config"),
     ],
 )
 def test_results_of_another_experiment_are_refused(report, options, changed):
@@ -158,6 +160,30 @@ def test_a_learning_rate_that_fails_is_not_chosen(tmp_path):
     assert chosen == {"learning_rate": 1e-3}
     with pytest.raises(ValueError, match="fails with each of learning_rates"):
         comparison(tmp_path / "all", **{**options, "learning_rates": [1e30]}).run()
+
+
+def test_a_run_that_fails_leaves_the_others_their_report(tmp_path, monkeypatch):
+    runs = {"leapalign": {}, "too fast": {"learning_rate": 1e30}}
+    path = comparison(tmp_path, runs=runs, group_by=None).run()
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["leapalign"]["blueness"]["mean"] > 0 and report["leapalign"]["p_value"] is None
+    assert report["too fast"]["images without score"]["mean"] == 5 and report["too fast"]["p_value"] is None
+    assert "| too fast | nan" in path.read_text()
+
+
+def test_p_values_are_corrected_for_their_number(tmp_path):
+    """Holm: the smallest times 2, then the larger of that and the largest."""
+    overall = {"base": [0.0], "a": [1.0, 2.0, 3.0], "b": [5.0, 6.0, 6.5], "c": [1.5, 2.0, 3.1]}
+    results = [
+        Result(name, seed, {"learning_rate": 1e-3}, [], {"r": [value]}, ["all"])
+        for name, values in overall.items()
+        for seed, value in enumerate(values)
+    ]
+    write_report(tmp_path, results)
+    report = json.loads((tmp_path / "report.json").read_text())
+    b, c = (stats.ttest_ind(overall[name], overall["a"], equal_var=False).pvalue for name in "bc")
+    assert report["b"]["p_value"] == pytest.approx(2 * b) and b < c
+    assert report["c"]["p_value"] == pytest.approx(c)
 
 
 def test_images_without_a_score_are_left_out():
@@ -214,6 +240,7 @@ def test_time_limit_counts_updates_alone(monkeypatch):
         ({"seeds": [0, 0]}, "seeds="),
         ({"seeds": [1000]}, "tuning seed"),
         ({"train_seconds": 0}, "train_seconds=0"),
+        ({"train_seconds": 9, "runs": {"a": {"ema_decay": 0.9}}}, "Leave ema_decay out"),
         ({"learning_rates": [1e-3]}, "tuning_rows"),
         ({"group_by": "tag"}, "group_by='tag'"),
         ({"evaluators": []}, "no reward"),

@@ -26,7 +26,7 @@ from .evaluation.report import BASE, Result, write_report
 from .evaluation.settings import as_json, check_unchanged, read_json, write_json
 from .images import as_text, save_sample
 from .leapalign_config import LeapAlignConfig
-from .leapalign_trainer import LeapAlignTrainer
+from .leapalign_trainer import LeapAlignTrainer, NothingLearnt
 from .pipelines import quiet
 from .ranges import Range
 from .rewards import RewardFunction, RewardSet
@@ -133,7 +133,12 @@ class Comparison:
                     f"The run {name!r} with {settings} cannot be compared: it is called {BASE!r}, has a "
                     f"slash in its name, or sets what all runs share ({', '.join(SHARED)})."
                 )
-            self.config_of(Job(name, self.tuning_seed))
+            ema_decay = self.config_of(Job(name, self.tuning_seed)).ema_decay
+            if ema_decay is not None and self.train_seconds is not None:
+                raise ValueError(
+                    f"The run {name!r} has ema_decay={ema_decay} beside train_seconds: runs that make fewer updates "
+                    "would keep more of the untrained weights. Leave ema_decay out."
+                )
             if settings.get("full_finetuning") and "learning_rate" not in settings and not self.learning_rates:
                 raise ValueError(f"The run {name!r} trains all weights: set its learning_rate, such as 1e-5.")
         if not self.seeds or len(set(self.seeds)) < len(self.seeds) or self.tuning_seed in self.seeds:
@@ -195,7 +200,12 @@ class Comparison:
         trained = {rate: trial.overall for rate, trial in trials.items() if not math.isnan(trial.overall)}
         if not trained:
             raise ValueError(f"The run {name!r} fails with each of learning_rates={list(trials)}. Try lower ones.")
-        return max(trained, key=trained.__getitem__)
+        best = max(trained, key=trained.__getitem__)
+        if len(trials) > 1 and best in (min(trials), max(trials)):
+            logger.warning(
+                f"{name}: {best:g} is at an end of learning_rates={list(trials)}: a better one may lie beyond."
+            )
+        return best
 
     def _result(self, job: Job) -> Result:
         """Train and judge once, unless that is done already."""
@@ -226,6 +236,7 @@ class Comparison:
         }
         if job.seed is not None:
             known |= {"reward": names, "train_rows": _fingerprint(self.train_rows), "train_seconds": self.train_seconds}
+            known |= {"peft_config": self.peft_config and self.peft_config.to_dict()}
             known |= self.config_of(job).to_dict()
         return as_json(known)
 
@@ -238,9 +249,7 @@ class Comparison:
         if job.seed is not None:
             try:
                 history = self._train(pipeline, self.config_of(job))
-            except FloatingPointError as error:
-                if not job.tuning:
-                    raise
+            except (FloatingPointError, NothingLearnt) as error:
                 logger.warning(f"{job.folder}: {error}")
                 failed = True
         rows = self.tuning_rows if job.tuning else self.eval_rows

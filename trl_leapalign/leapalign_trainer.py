@@ -38,6 +38,11 @@ from .scoring import scored_batches
 
 MOST_IDLE_UPDATES = 10
 
+
+class NothingLearnt(RuntimeError):
+    """For many updates no gradient came, though there was something to learn."""
+
+
 ImageSamplesHook = Callable[[list[tuple], int, GeneralTracker | None], None]
 
 
@@ -241,7 +246,7 @@ class LeapAlignTrainer(Trainer):
         if self._idle_updates >= MOST_IDLE_UPDATES:
             share = self._metrics.latest("saturated", 1).mean().item()
             problem = "overflowed float16" if overflow else "was exactly zero"
-            raise RuntimeError(
+            raise NothingLearnt(
                 f"For {MOST_IDLE_UPDATES} updates the gradient {problem} though rewards are below their threshold, so "
                 f"nothing is learnt. {share:.0%} of the pixels are saturated, which have no gradient. Train in "
                 "bfloat16, or check that the reward changes with these images."
@@ -310,7 +315,7 @@ class LeapAlignTrainer(Trainer):
         Raises:
             FloatingPointError: if loss or gradient are not finite, when the weights are those of the update before, or
                 the weights themselves.
-            RuntimeError: if nothing was learnt for many updates.
+            NothingLearnt: if no gradient came for many updates.
         """
         self._reset_metrics()
         if resume_from_checkpoint is True:

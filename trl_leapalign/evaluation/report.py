@@ -74,7 +74,7 @@ class Summary:
 
     Args:
         mean (float): over the seeds.
-        error (float | None): its standard error; None with one seed.
+        error (float | None): its standard error; None with one seed, or without a mean.
     """
 
     mean: float
@@ -82,8 +82,9 @@ class Summary:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> "Summary":
-        """Average values, one a seed."""
-        return cls(fmean(values), stdev(values) / len(values) ** 0.5 if len(values) > 1 else None)
+        """Average values, one a seed; NaN if one is."""
+        spread = len(values) > 1 and all(map(math.isfinite, values))
+        return cls(fmean(values), stdev(values) / len(values) ** 0.5 if spread else None)
 
     def __str__(self) -> str:
         return f"{self.mean:.3g}" if self.error is None else f"{self.mean:.3g} ± {self.error:.2g}"
@@ -132,36 +133,51 @@ def _row(results: Sequence[Result]) -> dict[str, Summary]:
     missing = [sum(not math.isfinite(value) for value in result.scores[evaluator]) for result in results]
     if any(missing):
         columns["images without score"] = missing
-    columns["updates"] = [result.updates for result in results]
-    columns["seconds"] = [result.seconds[-1] if result.history else 0.0 for result in results]
-    columns["gradient norm"] = [result.gradient_norm for result in results]
-    return {column: Summary.of(values) for column, values in columns.items()}
+    summaries = {column: Summary.of(values) for column, values in columns.items()}
+    if not any(result.history for result in results):
+        return summaries
+    rates = [result.settings.get("learning_rate") for result in results]
+    if None not in rates:
+        summaries["learning rate"] = Summary(rates[0], None)
+    trained = {
+        "updates": [result.updates for result in results],
+        "seconds": [result.seconds[-1] if result.history else math.nan for result in results],
+        "gradient norm": [result.gradient_norm for result in results],
+    }
+    return summaries | {column: Summary.of(values) for column, values in trained.items()}
 
 
 def _significance(overall: dict[str, list[float]]) -> dict[str, float]:
-    """Welch's test of each run against the first one, over seeds: two-sided p-values by name."""
+    """Welch's test of each run against the first one, over seeds: two-sided p-values by name, corrected after Holm."""
     from scipy import stats
 
     first, *others = [name for name in overall if name != BASE]
-    return {
+    values = {
         name: float(stats.ttest_ind(overall[name], overall[first], equal_var=False).pvalue)
         for name in others
         if len(overall[name]) > 1 and len({*overall[name], *overall[first]}) > 2
     }
+    corrected, least = {}, 0.0
+    for rank, name in enumerate(sorted((name for name in values if math.isfinite(values[name])), key=values.get)):
+        least = max(least, min(1.0, (len(values) - rank) * values[name]))
+        corrected[name] = least
+    return corrected
 
 
 def _markdown(rows: dict[str, dict[str, Summary]], tests: dict[str, float], has_sheet: bool) -> str:
-    columns = list(next(iter(rows.values())))
+    columns = list(dict.fromkeys(column for row in rows.values() for column in row))
     lines = ["| run | " + " | ".join(columns) + " | against the first |", "|---|" + "---:|" * len(columns) + "---|"]
     for name, row in rows.items():
         verdict = ""
         if name in tests:
             verdict = f"{'different' if tests[name] < SIGNIFICANT else 'not significant'}, p = {tests[name]:.2g}"
-        lines.append(f"| {name} | " + " | ".join(str(row[column]) for column in columns) + f" | {verdict} |")
+        cells = [str(row.get(column, "")) for column in columns]
+        lines.append(f"| {name} | " + " | ".join(cells) + f" | {verdict} |")
     pictures = ["![Curves](curves.png)"] + (["![Images by run and group](images.png)"] if has_sheet else [])
     note = (
         "Mean ± standard error over seeds. The last column is Welch's test of the mean over groups against the first "
-        "run, over seeds, not corrected for their number."
+        "run, over seeds, corrected for their number after Holm. The gradient norm is the median over updates. The "
+        "curves show the change of the reward since the first updates: methods that reward a prediction start lower."
     )
     return "\n".join([*lines, "", note, "", *pictures]) + "\n"
 
@@ -184,11 +200,13 @@ def draw_curves(by_name: dict[str, list[Result]], path: Path) -> None:
         steps = [entry["step"] for entry in results[0].history[:length]]
         seconds = [fmean(each) for each in zip(*(result.seconds[:length] for result in results), strict=True)]
         reward, norm = (_smooth_mean(results, key, length) for key in ("reward", "grad_norm"))
+        start = reward[min(9, length - 1)]
+        reward = [value - start for value in reward]
         rewards.plot(steps, reward, label=name)
         times.plot(seconds, reward, label=name)
         norms.plot(steps, norm, label=name)
-    rewards.set(xlabel="update", ylabel="reward in training")
-    times.set(xlabel="seconds of training", ylabel="reward in training")
+    rewards.set(xlabel="update", ylabel="change of the reward in training")
+    times.set(xlabel="seconds of training", ylabel="change of the reward in training")
     norms.set(xlabel="update", ylabel="gradient norm", yscale="log")
     rewards.legend(fontsize=8)
     figure.savefig(path, dpi=110)

@@ -16,7 +16,7 @@ def as_json(values: Mapping[str, Any]) -> dict[str, Any]:
     Returns:
         dict[str, Any]: the same, comparable with what `read_json` returns.
     """
-    return json.loads(json.dumps(values, default=str))
+    return json.loads(json.dumps(values, default=lambda value: sorted(value) if isinstance(value, set) else str(value)))
 
 
 def read_json(path: Path) -> dict[str, Any]:
