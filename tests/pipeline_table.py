@@ -1,7 +1,6 @@
 """Writes the tables of docs/pipelines.md from the matrix: `make pipelines`."""
 
 import re
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -9,23 +8,13 @@ from pipeline_cases import CASES, PipelineCase
 from pipeline_cases.laboratory import Laboratory
 
 from trl_leapalign.adapters import saved_by_pipeline
-from trl_leapalign.methods import LeapAlign, Plan, Schedule
+from trl_leapalign.check import Watched
+from trl_leapalign.methods import LeapAlign
 from trl_leapalign.pipelines import is_flow_matching, schedulers_of
 
 PAGE = Path(__file__).parents[1] / "docs" / "pipelines.md"
 BEGIN, END = "<!-- begin: written by `make pipelines` -->\n", "<!-- end -->\n"
 HEAD = "| Pipeline | Family | Task | Scheduler | Trained | Calls a step | Checkpointing | LoRA saved by |\n"
-
-
-@dataclass(frozen=True)
-class Steps(LeapAlign):
-    """Takes note of the schedules that it is asked to plan, and of the denoisers' calls after each."""
-
-    loops: list[tuple[Schedule, list[str]]] = field(default_factory=list, compare=False)
-
-    def plan(self, schedule: Schedule, generator: torch.Generator | None) -> Plan:
-        self.loops.append((schedule, []))
-        return super().plan(schedule, generator)
 
 
 def cheap_columns(case: PipelineCase) -> str:
@@ -35,17 +24,16 @@ def cheap_columns(case: PipelineCase) -> str:
 
 def row(case: PipelineCase) -> str:
     laboratory = Laboratory(case)
-    method = Steps()
-    for name, denoiser in laboratory.denoisers.items():
-        denoiser.register_forward_pre_hook(lambda module, args, name=name: method.loops[-1][1].append(name))
-    laboratory.rollout(method)
-    schedule, calls = [loop for loop in method.loops if loop[1]][-1]
+    method = Watched(LeapAlign())
+    with method.counting(laboratory.denoisers):
+        laboratory.rollout(method)
+    schedule, calls = method.last_loop
     pipeline = laboratory.pipeline
     saved = "the pipeline" if saved_by_pipeline(pipeline, laboratory.denoisers) else "PEFT"
     scheduler = next(type(each).__name__ for each in schedulers_of(pipeline) if is_flow_matching(each))
     checkpointing = f"no: {case.checkpointing}" if case.checkpointing else "yes"
     denoisers = ", ".join(f"`{name}`" for name in laboratory.denoisers)
-    calls_a_step = f"{len(calls) / schedule.num_steps:g}"
+    calls_a_step = f"{calls.total() / schedule.num_steps:g}"
     scheduler = scheduler.removesuffix("Scheduler")
     return f"{cheap_columns(case)} {scheduler} | {denoisers} | {calls_a_step} | {checkpointing} | {saved} |\n"
 

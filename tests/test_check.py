@@ -4,6 +4,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, FlowMatchHeunDiscreteScheduler
 from PIL import Image
+from pipeline_cases import CASES
 
 from examples.tiny import tiny_flux, tiny_sd3
 from examples.tiny_edit import tiny_qwen_image_edit
@@ -53,6 +54,20 @@ def test_calls_are_counted_by_step(tmp_path):
     found = check(tiny_flux(), settings(tmp_path, sample_kwargs=kwargs), ["a red circle"])
     assert found.num_steps == 3 and found.denoisers["transformer"].calls_per_step == 2
     assert any(setting.startswith("a guidance with one call") for setting in found.settings)
+
+
+def test_loops_in_step_with_each_other_count_once(tmp_path):
+    """Video and audio: one call of the transformer for both of their streams, three with this guidance."""
+    case = next(case for case in CASES if str(case) == "LTX2Pipeline")
+    kwargs = case.inputs()
+    size = {f"sample_{name}": kwargs.pop(name) for name in ("height", "width")}
+    num_steps, prompt = kwargs.pop("num_inference_steps"), kwargs.pop("prompt")
+    del kwargs["generator"]
+    guidance = {"sample_guidance_scale": kwargs.pop("guidance_scale")} if "guidance_scale" in kwargs else {}
+    config = settings(tmp_path, sample_num_steps=num_steps, sample_kwargs=kwargs, **size, **guidance)
+    found = check(case.build(), config, [prompt])
+    assert found.trainable and found.num_steps == num_steps
+    assert found.denoisers["transformer"].calls_per_step == 3
 
 
 def test_with_the_settings_of_a_training_and_a_method_that_adds_copies(tmp_path):

@@ -1,6 +1,7 @@
 """Whether a pipeline can be trained, found out on it, and what to set."""
 
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -69,7 +70,7 @@ class PipelineCheck:
         problem (str | None): why it cannot be trained; None if it can.
         schedulers (tuple[str, ...]): each with what it does.
         interpolant (str): the path of the noise times that was seen.
-        num_steps (int): steps of the scheduler in one call of the pipeline.
+        num_steps (int): steps of the pipeline's last sampling loop.
         active_steps (tuple[int, ...]): those that ran with gradients.
         denoisers (dict[str, DenoiserCheck]): by component name.
         output (str): shape and kind of the output.
@@ -136,7 +137,7 @@ def check(
         PipelineCheck: what was found, with `problem` for what stops training.
     """
     found = PipelineCheck(str(pipeline) if isinstance(pipeline, (str, Path)) else type(pipeline).__name__)
-    config = config or LeapAlignConfig(sample_num_steps=4)
+    config = config or LeapAlignConfig()
     try:
         if not isinstance(pipeline, DiffusionPipeline):
             pipeline = load_pipeline(pipeline, config.device, config.model_init_kwargs)
@@ -157,19 +158,20 @@ def _try(
 ) -> PipelineCheck:
     config = replace(config, output_dir=str(folder), **NOT_TRIED)
     trainer = LeapAlignTrainer(pipeline, brightness, config, train_dataset=prompts)
-    model, sampler = trainer.rollout_model, _Watched(DRaFT(num_last_steps=1))
+    model, sampler = trainer.rollout_model, Watched(DRaFT(num_last_steps=1))
     with quiet(pipeline), trainer.accelerator.autocast():
         run = trainer.dry_run()
-        rollout = model.rollout(sampler, **run.batch)
-        with _counted(trainer.denoisers) as calls:
-            images = model.sample(**run.batch)
+        with sampler.counting(trainer.denoisers):
+            rollout = model.rollout(sampler, **run.batch)
+        images = model.sample(**run.batch)
+        schedule, calls = sampler.last_loop
         found = replace(
             found,
-            interpolant="TrigFlow" if sampler.schedules[0].interpolant is TRIGFLOW else "rectified flow",
-            num_steps=sampler.num_steps // run.output.num_calls,
+            interpolant="TrigFlow" if schedule.interpolant is TRIGFLOW else "rectified flow",
+            num_steps=schedule.num_steps,
             active_steps=run.output.active_steps,
             denoisers={
-                name: _denoiser(name, module, calls[name] / sampler.num_steps, run)
+                name: _denoiser(name, module, calls[name] / schedule.num_steps, run)
                 for name, module in trainer.denoisers.items()
             },
             output=_output(images),
@@ -185,43 +187,43 @@ def brightness(images: Tensor, prompts: list[str], metadata: list[dict[str, Any]
     return (images * torch.linspace(0.5, 1.0, images.shape[-1], device=images.device)).flatten(1).mean(1)
 
 
-class _Watched(Method):
-    """A method that counts the steps that it follows."""
+class Watched(Method):
+    """A method that takes note of the sampling loops that it plans, and of the denoisers' calls in each.
+
+    Args:
+        method (Method): does the work.
+    """
 
     def __init__(self, method: Method):
         self.method = method
-        self.schedules: list[Schedule] = []
-        self.num_steps = 0
+        self.loops: list[tuple[Schedule, Counter[str]]] = []
 
     def plan(self, schedule: Schedule, generator: torch.Generator | None) -> Plan:
+        self.loops.append((schedule, Counter()))
         return self.method.plan(schedule, generator)
 
     def follow(self, plan: Plan, schedule: Schedule) -> Trajectory:
-        self.schedules.append(schedule)
-        trajectory = self.method.follow(plan, schedule)
-        leave = trajectory.leave
+        return self.method.follow(plan, schedule)
 
-        def counted(*arguments: Any) -> None:
-            self.num_steps += 1
-            leave(*arguments)
+    @contextmanager
+    def counting(self, denoisers: dict[str, nn.Module]) -> Iterator[None]:
+        """Count the calls of these modules for a while."""
 
-        trajectory.leave = counted
-        return trajectory
+        def count(name: str) -> None:
+            if self.loops:
+                self.loops[-1][1][name] += 1
 
+        hooks = [each.register_forward_pre_hook(lambda *_, name=name: count(name)) for name, each in denoisers.items()]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
 
-@contextmanager
-def _counted(modules: dict[str, nn.Module]) -> Iterator[dict[str, int]]:
-    calls = dict.fromkeys(modules, 0)
-
-    def count(name: str) -> None:
-        calls[name] += 1
-
-    hooks = [module.register_forward_pre_hook(lambda *_, name=name: count(name)) for name, module in modules.items()]
-    try:
-        yield calls
-    finally:
-        for hook in hooks:
-            hook.remove()
+    @property
+    def last_loop(self) -> tuple[Schedule, Counter[str]]:
+        """The last one with calls; of several in step with each other, the one that was planned last."""
+        return [loop for loop in self.loops if loop[1]][-1]
 
 
 def _schedulers(pipeline: DiffusionPipeline) -> tuple[str, ...]:

@@ -151,7 +151,7 @@ def check(options: list[str]) -> None:
 
     if options and not options[0].startswith("-"):
         options = ["--pipeline", *options]
-    arguments, config = _parse(CheckArguments, options, sample_num_steps=4, per_device_train_batch_size=2)
+    arguments, config = _parse(CheckArguments, options, per_device_train_batch_size=2)
     prompts = config.train_prompts and _rows("train_prompts", config.train_prompts, config)
     pipeline = _object(arguments.pipeline)() if _is_object(arguments.pipeline) else arguments.pipeline
     found = run(pipeline, config, prompts or [{config.prompt_column: prompt} for prompt in PROMPTS])
