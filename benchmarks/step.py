@@ -115,6 +115,7 @@ def measure(
         if floor is not None:
             floors.append(seconds(floor, device))
     del calls, floor
+    trainer.rollout_model.zero_grad(set_to_none=True)  # their memory belongs to the step
     return Measurement(
         method, num_steps, median(steps), median(floors) if floors else None, peak_mib(step, device), counts
     )

@@ -89,6 +89,7 @@ def test_seconds_per_step_count_the_steps_of_this_run(tmp_path):
         ({"ema_decay": 0.9}, "saved with ema_decay=None, not 0.9"),
         ({"before": {"ema_decay": 0.8}}, "saved with ema_decay=0.8, not None"),
         ({"ema_decay": 0.9, "before": {"ema_decay": 0.8}}, "saved with ema_decay=0.8, not 0.9"),
+        ({"method": "refl", "sample_num_steps": 4}, r"saved with method=.LeapAlign\(.*sample_num_steps=2, not 4"),
         ({"seed": 43}, "saved with seed=42, not 43; data_seed=42, not 43. Resume with what it was saved with"),
         ({"data_seed": 3}, "saved with data_seed=42, not 3"),
         ({"gradient_accumulation_steps": 2}, "samples_per_update=1, not 2"),
@@ -101,7 +102,7 @@ def test_resuming_from_another_training_is_refused(settings, message, tmp_path):
     settings, before = dict(settings), settings.get("before", {})
     settings.pop("before", None)
     make_trainer(tmp_path, max_steps=1, save_strategy="steps", save_steps=1, sample_num_steps=2, **before).train()
-    other = make_trainer(tmp_path, sample_num_steps=2, **settings)
+    other = make_trainer(tmp_path, **{"sample_num_steps": 2, **settings})
     with pytest.raises(ValueError, match=message):
         other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
 

@@ -323,7 +323,10 @@ def test_train_on_the_command_line(module):
         "--method_kwargs",
         '{"num_train_steps": 1}',
     ]
-    main(["train", *arguments, "--lora", '{"r": 2, "target_modules": ["to_q"]}', "--output_dir", "out"])
+    arguments += ["--lora", '{"r": 2, "target_modules": ["to_q"]}', "--output_dir", "out"]
+    main(["train", *arguments, "--save_strategy", "steps", "--save_steps", "1"])
+    main(["train", *arguments, "--max_steps", "3", "--resume_from_checkpoint", "True"])
+    assert json.loads(Path("out/checkpoint-3/trainer_state.json").read_text())["global_step"] == 3
     pipeline = tiny_flux()
     pipeline.load_lora_weights("out")
     names = [name for name, _ in pipeline.transformer.named_parameters() if "lora_A" in name]

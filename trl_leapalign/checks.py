@@ -19,6 +19,10 @@ from .rollout_model import RolloutModel, for_copies
 logger = logging.getLogger(__name__)
 
 
+class NothingLearnt(RuntimeError):
+    """For many updates no gradient came, though there was something to learn."""
+
+
 def check_kinds(config: Any, image_samples_hook: Any) -> None:
     """Raise TypeError unless a trainer's arguments are of the right kind.
 

@@ -20,13 +20,14 @@ from peft import LoraConfig
 from torch import Tensor
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
+from .checks import NothingLearnt
 from .columns import CallColumns
 from .evaluation.generation import weights_digest
 from .evaluation.report import BASE, Result, write_report
 from .evaluation.settings import as_json, check_unchanged, read_json, write_json
 from .images import as_text, save_sample
 from .leapalign_config import LeapAlignConfig
-from .leapalign_trainer import LeapAlignTrainer, NothingLearnt
+from .leapalign_trainer import LeapAlignTrainer
 from .pipelines import quiet
 from .ranges import Range
 from .rewards import RewardFunction, RewardSet

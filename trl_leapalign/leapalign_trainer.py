@@ -5,6 +5,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import is_dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from transformers.trainer_utils import HubStrategy, TrainOutput
 from .adapters import prepare_denoisers, restored_on_error, save_trained
 from .callbacks import WeightAverage
 from .checkpoints import last_checkpoint, load_run, save_run
-from .checks import DryRun, check_evaluation, check_kinds, check_optimizer, check_weights, dry_run
+from .checks import DryRun, NothingLearnt, check_evaluation, check_kinds, check_optimizer, check_weights, dry_run
 from .columns import CallColumns
 from .leapalign_config import LeapAlignConfig
 from .losses import below_threshold, limit_sample_gradients, reward_loss
@@ -37,10 +38,6 @@ from .rollout_model import RolloutModel, for_copies
 from .scoring import scored_batches
 
 MOST_IDLE_UPDATES = 10
-
-
-class NothingLearnt(RuntimeError):
-    """For many updates no gradient came, though there was something to learn."""
 
 
 ImageSamplesHook = Callable[[list[tuple], int, GeneralTracker | None], None]
@@ -447,8 +444,11 @@ class LeapAlignTrainer(Trainer):
 
     @property
     def _run(self) -> dict[str, Any]:
-        """What decides the noise, steps and prompts of each update, and so must stay when training is resumed."""
+        """What decides the noise and steps of each update, and so must stay when training is resumed."""
+        method = self.rollout_model.method
         return {
+            "method": repr(method) if is_dataclass(method) else type(method).__qualname__,
+            "sample_num_steps": self.args.sample_num_steps,
             "seed": self.args.seed,
             "data_seed": self.train_dataset.seed,
             "samples_per_update": self.args.samples_per_update,
