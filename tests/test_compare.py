@@ -396,7 +396,7 @@ def test_the_pairs_can_be_compared(shapes_comparison):
     found = shapes_comparison("--config", "examples/shapes/pairs.yaml")
     configs = [found.config_of(Job(name, 0)) for name in found.runs]
     assert [config.build_method().pairs_per_rollout for config in configs] == [1, 2, 4, 8]
-    assert all(config.sample_num_steps == 16 for config in configs) and found.train_seconds == 75
+    assert all(config.sample_num_steps == 16 for config in configs) and found.train_seconds == 60
 
 
 EVAL_ROW = [

@@ -16,6 +16,7 @@ from diffusers import (
 from rollout_cases import Case, seeded, snapshot, trained_parameters
 from torch import Tensor, nn
 
+from trl_leapalign.images import by_sample
 from trl_leapalign.methods import LeapAlign
 from trl_leapalign.rollout import RolloutOutput, run_rollout
 
@@ -442,3 +443,15 @@ def test_an_output_that_lost_its_gradient_is_an_error():
         frozen = Case("flux", trained="nothing").pipeline()
         frozen.text_encoder.requires_grad_(True)
         rollout(frozen, Case("flux").inputs())
+
+
+def test_the_samples_that_a_pipeline_returned_are_counted():
+    image, video = torch.zeros(3, 4, 4), torch.zeros(5, 3, 4, 4)
+    assert by_sample([image, image + 1], 2, "P").shape == (2, 3, 4, 4)
+    assert by_sample(video, 1, "P").shape == (1, 5, 3, 4, 4) and by_sample(video, 5, "P") is video
+    assert by_sample("path", 1, "P") == "path"
+    for output, what in (([image, image], "a list of 2"), (video[None].expand(2, -1, -1, -1, -1), r"shape \(2, 5, 3")):
+        with pytest.raises(ValueError, match=f"P returned {what}.* for 1 samples. Set a batch size of 1"):
+            by_sample(output, 1, "P")
+    with pytest.raises(ValueError, match="size"):
+        by_sample([image, image[:, 1:]], 2, "P")

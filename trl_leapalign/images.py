@@ -198,18 +198,20 @@ def by_sample(output: Any, num_samples: int, name: str) -> Any:
     Raises:
         ValueError: if there are not as many samples, or they differ in size.
     """
-    if isinstance(output, list) and all(isinstance(sample, Tensor) for sample in output):
-        check_shapes(output)
-        output = torch.stack(output)
-    if not isinstance(output, Tensor):
+    listed = isinstance(output, list) and all(isinstance(sample, Tensor) for sample in output)
+    if not listed and not isinstance(output, Tensor):
         return output
-    if num_samples == 1 and output.ndim == 4 and len(output) > 1:
+    if not listed and num_samples == 1 and output.ndim == 4 and len(output) > 1:
         return output[None]
     if len(output) != num_samples:
+        what = f"a list of {len(output)}" if listed else f"shape {tuple(output.shape)}"
         raise ValueError(
-            f"{name} returned shape {tuple(output.shape)} for {num_samples} samples. Set a batch size of 1 if it takes "
-            "one prompt at a time, and leave out arguments that make several samples of a prompt."
+            f"{name} returned {what} for {num_samples} samples. Set a batch size of 1 if it takes one prompt at a time, "
+            "and leave out arguments that make several samples of a prompt."
         )
+    if listed:
+        check_shapes(output)
+        return torch.stack(output)
     return output
 
 
