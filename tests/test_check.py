@@ -1,5 +1,7 @@
 """What `trl-leapalign check` finds on tiny pipelines."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from diffusers import DDIMScheduler, FlowMatchHeunDiscreteScheduler
@@ -77,6 +79,13 @@ def test_with_the_settings_of_a_training_and_a_method_that_adds_copies(tmp_path)
     assert found.trainable and found.identical and found.active_steps == (2, 3, 4)
     assert found.num_steps == 3 and found.denoisers["transformer"].calls_per_step == 1
     assert found.output.startswith("(2, 3, 16, 16)")
+
+
+def test_settings_that_a_trial_does_without(tmp_path):
+    more = {"eval_strategy": "steps", "eval_steps": 5, "eval_prompts": ["a cat"], "base_penalty": 0.1}
+    config = settings(tmp_path, lr_scheduler_type="reduce_lr_on_plateau", **more)
+    found = check(tiny_sd3(), replace(config, sample_guidance_scale=1.0))
+    assert found.trainable and found.denoisers["transformer"].calls_per_step == 1
 
 
 def test_checkpointing_that_changes_the_output(tmp_path):

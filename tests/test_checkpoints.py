@@ -85,7 +85,11 @@ def test_seconds_per_step_count_the_steps_of_this_run(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"full_finetuning": True, "learning_rate": 1e-3}, "not a checkpoint of this training"),
+        (
+            {"full_finetuning": True, "before": {"learning_rate": 1e-5}, "learning_rate": 1e-5},
+            "not a checkpoint of this",
+        ),
+        ({"learning_rate": 1e-3}, "saved with learning_rate=0.01, not 0.001"),
         ({"ema_decay": 0.9}, "saved with ema_decay=None, not 0.9"),
         ({"before": {"ema_decay": 0.8}}, "saved with ema_decay=0.8, not None"),
         ({"ema_decay": 0.9, "before": {"ema_decay": 0.8}}, "saved with ema_decay=0.8, not 0.9"),

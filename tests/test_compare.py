@@ -14,6 +14,7 @@ from examples.tiny import tiny_flux
 from trl_leapalign.cli import main
 from trl_leapalign.compare import Comparison, Job, TimeLimit
 from trl_leapalign.evaluation.report import Result, Summary, write_report
+from trl_leapalign.methods import DRaFT
 from trl_leapalign.seeds import Purpose, make_generator
 
 TRAIN = [{"prompt": prompt} for prompt in ("a red circle", "two blue squares", "the green dog")]
@@ -112,6 +113,19 @@ def test_what_is_done_is_not_done_again(report):
     assert {path: path.stat().st_mtime_ns for path in report.parent.rglob("result.json")} == before
 
 
+def test_a_method_of_ones_own_and_another_folder_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    runs = {"own": {"method": DRaFT(num_last_steps=1)}}
+    comparison(Path("out"), runs=runs, seeds=[0]).run()
+    again = comparison(tmp_path / "out", runs=runs, seeds=[0], make_pipeline=None).run()
+    assert "| own |" in again.read_text()
+    (tmp_path / "out/runs/own/seed_0/result.json").write_text('{"name": "o')
+    with pytest.raises(ValueError, match=r"seed_0/result.json cannot be read"):
+        comparison(tmp_path / "out", runs=runs, seeds=[0]).run()
+    with pytest.raises(ValueError, match="pipeline changed"):
+        comparison(tmp_path / "out", runs=runs, seeds=[0], pipeline_name="another").run()
+
+
 def test_results_of_other_weights_are_refused(report):
     def other_pipeline():
         pipeline = tiny_flux()
@@ -121,6 +135,14 @@ def test_results_of_other_weights_are_refused(report):
     runs = RUNS | {"one more": {}}
     with pytest.raises(ValueError, match="weights of the pipeline changed"):
         comparison(report.parent, make_pipeline=other_pipeline, runs=runs).run()
+
+    def shifted_pipeline():
+        pipeline = tiny_flux()
+        pipeline.scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config, shift=9.0)
+        return pipeline
+
+    with pytest.raises(ValueError, match="Scheduler changed"):
+        comparison(report.parent, make_pipeline=shifted_pipeline, runs=runs).run()
 
 
 def test_results_of_other_settings_are_refused(report):
@@ -242,6 +264,21 @@ def test_time_limit_counts_updates_alone(monkeypatch):
         ({"train_seconds": 0}, "train_seconds=0"),
         ({"train_seconds": 9, "runs": {"a": {"ema_decay": 0.9}}}, "Leave ema_decay out"),
         ({"learning_rates": [1e-3]}, "tuning_rows"),
+        ({"tuning_rows": EVAL}, "set both or neither"),
+        ({"learning_rates": [-1.0], "tuning_rows": EVAL}, "learning_rates=-1.0"),
+        ({"seeds": [0, -1]}, "seed=-1"),
+        ({"num_images": 0}, "num_images=0"),
+        ({"eval_rows": []}, "eval_rows is empty"),
+        ({"runs": {"..": {}}}, "no name of a folder"),
+        ({"runs": {0.1: {}}}, "by a text"),
+        ({"eval_rows": [{"prompt": "a", "kind": "mean"}]}, r"called like columns of the report: \['mean'\]"),
+        (
+            {
+                "peft_config": LoraConfig(r=2, target_modules=["to_q"]),
+                "runs": {"a": {"full_finetuning": True, "learning_rate": 1e-5}},
+            },
+            "the LoRA of all runs has no effect",
+        ),
         ({"group_by": "tag"}, "group_by='tag'"),
         ({"evaluators": []}, "no reward"),
         ({"runs": {"a": {"eval_num_steps": 3}}}, "cannot be compared"),

@@ -15,7 +15,7 @@ from rollout_cases import Case, add_lora, seeded, trained_parameters
 from training_cases import make_trainer
 
 from examples.tiny import tiny_flux, tiny_sd3
-from trl_leapalign.methods import DRaFT, DRTune, FlowBPBridge, FlowBPSparse, LeapAlign, Method
+from trl_leapalign.methods import DRaFT, DRaFTLV, DRTune, FlowBPBridge, FlowBPSparse, LeapAlign, Method
 from trl_leapalign.rewards import VideoReward
 from trl_leapalign.rollout import run_rollout
 from trl_leapalign.rollout_model import RolloutModel
@@ -80,6 +80,28 @@ class Repeated(StableDiffusion3Pipeline):
         for _ in range(self.num_loops):
             output = super().__call__(*args, **kwargs, latents=noise)
         return output
+
+
+def test_the_first_step_of_a_later_loop_was_given_latents_that_were_not_scaled():
+    """DRTune scales by 2^-60 what its solver gives the denoiser and takes it off again; not what pipelines give."""
+    pipeline, first_steps = two_segments(), set()
+    trained = list(trained_parameters(pipeline).values())
+
+    def norm(method: Method, seed: int) -> float:
+        output = run_rollout(pipeline, method, method_generator=seeded(seed), **Case("sd3").inputs(4))
+        first_steps.add(output.active_steps[0] == 0)
+        found = torch.autograd.grad(output.images.square().sum(), trained, allow_unused=True)
+        return sum(each.norm().item() for each in found if each is not None)
+
+    whole = norm(DRaFT(num_last_steps=None), 0)
+    assert max(norm(DRTune(), seed) for seed in range(6)) < 10 * whole
+    assert first_steps == {True, False}
+
+
+def test_copies_of_several_loops_are_refused():
+    method = DRaFTLV()
+    with pytest.raises(ValueError, match="several sampling loops, and DRaFTLV repeats the last step of one"):
+        run_rollout(two_segments(), method, method_generator=seeded(0), **Case("sd3").inputs(3))
 
 
 @pytest.mark.parametrize(

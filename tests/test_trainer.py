@@ -467,7 +467,7 @@ def test_nan_stops_before_the_weights_change(threshold, tmp_path):
         save_strategy="steps",
         save_steps=1,
     )
-    with pytest.raises(FloatingPointError, match=r"Update 3: .*not finite.*'reward': nan.*Resume"):
+    with pytest.raises(FloatingPointError, match=r"Update 3: .*not finite.*'reward': nan.*Train again"):
         trainer.train()
     assert trainer.state.global_step == 2
     bad = trained_weights(trainer)

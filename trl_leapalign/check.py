@@ -27,6 +27,9 @@ PROMPTS = ("a photo of a cat", "two red squares left of a dog")
 NOT_TRIED = {
     "dry_run": False,
     "activation_checkpointing": False,
+    "base_penalty": None,
+    "lr_scheduler_type": "constant",
+    "lr_scheduler_kwargs": None,
     "reward_weights": None,
     "reward_threshold": None,
     "train_prompts": None,

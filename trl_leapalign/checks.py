@@ -260,6 +260,6 @@ def check_weights(model: nn.Module) -> None:
     broken = [name for name, value in trained_parameters(model).items() if not value.isfinite().all()]
     if broken:
         raise FloatingPointError(
-            f"{len(broken)} trained weights are not finite, such as {broken[0]}. The learning_rate is too high: lower "
-            "it, and resume from the last checkpoint."
+            f"{len(broken)} trained weights are not finite, such as {broken[0]}. The learning_rate is too high: "
+            "train again with a lower one, from the last checkpoint's adapter if you like."
         )

@@ -98,6 +98,7 @@ def compare(options: list[str]) -> None:
         train_seconds=arguments.train_seconds,
         learning_rates=arguments.learning_rates or (),
         peft_config=_lora(arguments),
+        pipeline_name=arguments.pipeline,
     )
     report = comparison.run()
     print(report.read_text(encoding="utf-8"))
@@ -165,6 +166,7 @@ NOT_COMPARED = {
     "resume_from_checkpoint": "It goes on with the runs that are not done yet by itself.",
     "push_to_hub": "Train the run that you choose with `trl-leapalign train`.",
     "eval_strategy": "Each run is judged once, after training.",
+    "eval_on_start": "The pipeline before training is judged too.",
 }
 
 COMMANDS = {"train": train, "compare": compare, "evaluate": evaluate, "check": check}

@@ -28,7 +28,7 @@ from .evaluation.settings import as_json, check_unchanged, read_json, write_json
 from .images import as_text, save_sample
 from .leapalign_config import LeapAlignConfig
 from .leapalign_trainer import LeapAlignTrainer
-from .pipelines import quiet
+from .pipelines import quiet, schedulers_of
 from .ranges import Range
 from .rewards import RewardFunction, RewardSet
 from .scoring import score_pipeline
@@ -39,7 +39,7 @@ KEPT = ("step", "reward", "grad_norm", "loss", "seconds_per_step", "d_j", "d_0")
 """Of what training logs."""
 GIVEN: dict[str, Any] = {
     **dict.fromkeys(("output_dir", "seed", "train_prompts", "eval_prompts", "model_init_kwargs")),
-    **{"logging_strategy": "steps", "logging_steps": 1, "eval_strategy": "no"},
+    **{"logging_strategy": "steps", "logging_steps": 1, "eval_strategy": "no", "eval_on_start": False},
 }
 """Settings that a comparison makes itself."""
 SHARED = (
@@ -99,6 +99,7 @@ class Comparison:
         tuning_rows (Sequence[dict] | None): a third set of prompts.
         tuning_seed (int): of these trials.
         peft_config (LoraConfig | None): the adapter of all runs; None is the trainer's default.
+        pipeline_name (str | None): what the pipeline is called, kept with the results.
 
     Raises:
         ValueError: if the runs, seeds or learning rates cannot be compared.
@@ -120,21 +121,37 @@ class Comparison:
     tuning_rows: Sequence[dict[str, Any]] | None = None
     tuning_seed: int = 1000
     peft_config: LoraConfig | None = None
+    pipeline_name: str | None = None
     judges: RewardSet = field(init=False)
 
     def __post_init__(self):
-        if not self.runs or not all(isinstance(settings, dict) for settings in self.runs.values()):
+        if not self.runs or not all(isinstance(k, str) and isinstance(v, dict) for k, v in self.runs.items()):
             raise ValueError(
-                f"runs={self.runs!r} must name at least one run: {{'leapalign': {{'method': 'leapalign'}}}}."
+                f"runs={self.runs!r} must name at least one run, by a text: {{'leapalign': {{'method': 'leapalign'}}}}."
             )
+        if not self.seeds or len(set(self.seeds)) < len(self.seeds) or self.tuning_seed in self.seeds:
+            raise ValueError(f"seeds={list(self.seeds)} must differ, and not be the tuning seed {self.tuning_seed}.")
+        for rate in self.learning_rates:
+            Range(0, excluded=True).check("learning_rates", rate)
+        if bool(self.learning_rates) != (self.tuning_rows is not None):
+            raise ValueError("learning_rates are chosen on prompts of their own, tuning_rows: set both or neither.")
+        if self.num_images is not None:
+            Range(1, whole=True).check("num_images", self.num_images)
+        for name in ("train_rows", "eval_rows", "tuning_rows"):
+            if getattr(self, name) is not None and not len(getattr(self, name)):
+                raise ValueError(f"{name} is empty: there must be at least one prompt.")
         for name, settings in self.runs.items():
             wrong = set(settings) & set(SHARED)
-            if name == BASE or "/" in name or wrong:
+            if name in (BASE, "", ".", "..") or "/" in name or wrong:
                 raise ValueError(
-                    f"The run {name!r} with {settings} cannot be compared: it is called {BASE!r}, has a "
-                    f"slash in its name, or sets what all runs share ({', '.join(SHARED)})."
+                    f"The run {name!r} with {settings} cannot be compared: it is called {BASE!r}, its name is no name "
+                    f"of a folder, or it sets what all runs share ({', '.join(SHARED)})."
                 )
-            ema_decay = self.config_of(Job(name, self.tuning_seed)).ema_decay
+            ema_decay = {self.config_of(Job(name, seed)).ema_decay for seed in (self.tuning_seed, *self.seeds)}.pop()
+            if settings.get("full_finetuning") and self.peft_config is not None:
+                raise ValueError(
+                    f"The run {name!r} trains all weights, so the LoRA of all runs has no effect. Drop one."
+                )
             if ema_decay is not None and self.train_seconds is not None:
                 raise ValueError(
                     f"The run {name!r} has ema_decay={ema_decay} beside train_seconds: runs that make fewer updates "
@@ -142,12 +159,8 @@ class Comparison:
                 )
             if settings.get("full_finetuning") and "learning_rate" not in settings and not self.learning_rates:
                 raise ValueError(f"The run {name!r} trains all weights: set its learning_rate, such as 1e-5.")
-        if not self.seeds or len(set(self.seeds)) < len(self.seeds) or self.tuning_seed in self.seeds:
-            raise ValueError(f"seeds={list(self.seeds)} must differ, and not be the tuning seed {self.tuning_seed}.")
         if self.train_seconds is not None:
             Range(0, excluded=True).check("train_seconds", self.train_seconds)
-        if self.learning_rates and self.tuning_rows is None:
-            raise ValueError("learning_rates are chosen on prompts of their own: set tuning_rows.")
         if missing := [name for name in ("matplotlib", "scipy") if find_spec(name) is None]:
             raise ImportError(f'The report needs {" and ".join(missing)}: pip install "trl-leapalign[compare]".')
         if self.group_by is not None and any(self.group_by not in row for row in self.eval_rows):
@@ -155,6 +168,11 @@ class Comparison:
         rewards = RewardSet(self.reward, self.config.reward_weights, self.config.reward_threshold)
         object.__setattr__(self, "reward", rewards.functions)
         object.__setattr__(self, "judges", RewardSet(rewards.functions if self.evaluators is None else self.evaluators))
+        groups = {str(row[self.group_by]) for row in self.eval_rows} if self.group_by is not None else set()
+        if taken := groups & {"mean", *self.judges.names}:
+            raise ValueError(
+                f"group_by={self.group_by!r} has groups called like columns of the report: {sorted(taken)}."
+            )
 
     @property
     def output_dir(self) -> Path:
@@ -200,7 +218,10 @@ class Comparison:
         trials = {rate: self._result(Job(name, self.tuning_seed, rate, tuning=True)) for rate in self.learning_rates}
         trained = {rate: trial.overall for rate, trial in trials.items() if not math.isnan(trial.overall)}
         if not trained:
-            raise ValueError(f"The run {name!r} fails with each of learning_rates={list(trials)}. Try lower ones.")
+            raise ValueError(
+                f"The run {name!r} fails with each of learning_rates={list(trials)}, or gets no score. Try lower ones, "
+                "or check the evaluator."
+            )
         best = max(trained, key=trained.__getitem__)
         if len(trials) > 1 and best in (min(trials), max(trials)):
             logger.warning(
@@ -216,11 +237,11 @@ class Comparison:
         path, settings_path = directory / "result.json", directory / "settings.json"
         if _agreed(path.exists()):
             check_unchanged(directory, read_json(settings_path), made_with, remedy="delete that folder")
-            return Result(**json.loads(path.read_text(encoding="utf-8")))
+            return Result(**read_json(path))
         result = self._measure(job, directory)
         if PartialState().is_main_process:
             write_json(settings_path, made_with)
-            path.write_text(json.dumps(asdict(result)) + "\n", encoding="utf-8")
+            write_json(path, asdict(result))
         PartialState().wait_for_everyone()
         return result
 
@@ -228,6 +249,8 @@ class Comparison:
         """What a result follows from, as far as JSON can hold it."""
         names = RewardSet(self.reward).names
         known = {
+            "pipeline": self.pipeline_name,
+            "precision": [self.config.bf16, self.config.fp16],
             "judges": self.judges.names,
             "judged_rows": _fingerprint(self.tuning_rows if job.tuning else self.eval_rows),
             "num_images": self.num_images,
@@ -238,7 +261,7 @@ class Comparison:
         if job.seed is not None:
             known |= {"reward": names, "train_rows": _fingerprint(self.train_rows), "train_seconds": self.train_seconds}
             known |= {"peft_config": self.peft_config and self.peft_config.to_dict()}
-            known |= self.config_of(job).to_dict()
+            known |= {name: value for name, value in self.config_of(job).to_dict().items() if name != "output_dir"}
         return as_json(known)
 
     def _measure(self, job: Job, directory: Path) -> Result:
@@ -258,7 +281,7 @@ class Comparison:
         groups = [str(rows[index % len(rows)].get(self.group_by, "all")) for index in range(count)]
         unknown = {name: [math.nan] * count for name in self.judges.names}
         scores = unknown if failed else self._score(pipeline, directory, rows, groups)
-        result = Result(job.name, job.seed, self.settings_of(job), history, scores, groups)
+        result = Result(job.name, job.seed, as_json(self.settings_of(job)), history, scores, groups)
         logger.info(
             f"{job.folder}: {self.judges.names[0]} {result.overall:.3f} after {result.updates} updates, "
             f"{time.perf_counter() - start:.0f} s"
@@ -268,8 +291,9 @@ class Comparison:
         return result
 
     def _check_same_weights(self, pipeline: DiffusionPipeline) -> None:
-        """Raise ValueError if what is done was done with other weights of the pipeline."""
+        """Raise ValueError if what is done was done with other weights or schedulers of the pipeline."""
         path, found = self.output_dir / "pipeline.json", {"weights of the pipeline": weights_digest(pipeline)}
+        found |= as_json({type(each).__name__: dict(each.config) for each in schedulers_of(pipeline)})
         check_unchanged(self.output_dir, read_json(path) or found, found, remedy="delete that folder")
         if PartialState().is_main_process:
             write_json(path, found)

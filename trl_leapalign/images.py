@@ -206,8 +206,8 @@ def by_sample(output: Any, num_samples: int, name: str) -> Any:
     if len(output) != num_samples:
         what = f"a list of {len(output)}" if listed else f"shape {tuple(output.shape)}"
         raise ValueError(
-            f"{name} returned {what} for {num_samples} samples. Set a batch size of 1 if it takes one prompt at a time, "
-            "and leave out arguments that make several samples of a prompt."
+            f"{name} returned {what} for {num_samples} samples. Set a batch size of 1 if it takes one prompt at a "
+            "time, and leave out arguments that make several samples of a prompt."
         )
     if listed:
         check_shapes(output)

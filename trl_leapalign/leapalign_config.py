@@ -300,8 +300,8 @@ class LeapAlignConfig(TrainingArguments):
             value = getattr(self, name)
             if isinstance(value, Real) and not isinstance(value, bool):
                 setattr(self, name, [float(value)])
-        if str(self.resume_from_checkpoint).lower() == "true":  # as the command line gives it
-            self.resume_from_checkpoint = True
+        if str(self.resume_from_checkpoint).lower() in ("true", "false"):  # as the command line gives them
+            self.resume_from_checkpoint = True if str(self.resume_from_checkpoint).lower() == "true" else None
         self.pipeline_columns = read_columns(self.pipeline_columns)
         if isinstance(self.denoisers, str):
             self.denoisers = [self.denoisers]

@@ -235,8 +235,8 @@ class LeapAlignTrainer(Trainer):
             raise FloatingPointError(
                 f"Update {self.state.global_step + 1}: the loss or its gradient is not finite (gradient norm "
                 f"{norms.max().item()}). The weights were not changed. Last metrics: {self._metrics.last_batch()}. "
-                "Resume from the last checkpoint with a lower learning_rate, max_grad_norm or gradient_discount, or in "
-                "bfloat16 or float32, and check the reward on the images of this step."
+                "Check the reward on the images of this step. Train again, from the last checkpoint's adapter if "
+                "you like, with a lower learning_rate, max_grad_norm or gradient_discount, or in bfloat16 or float32."
             )
         idle = overflow or (any_active and not norms.any())
         self._idle_updates = self._idle_updates + 1 if idle else 0
@@ -444,11 +444,12 @@ class LeapAlignTrainer(Trainer):
 
     @property
     def _run(self) -> dict[str, Any]:
-        """What decides the noise and steps of each update, and so must stay when training is resumed."""
+        """What must stay when training is resumed: it decides noise and steps, or a checkpoint brings it itself."""
         method = self.rollout_model.method
         return {
             "method": repr(method) if is_dataclass(method) else type(method).__qualname__,
             "sample_num_steps": self.args.sample_num_steps,
+            "learning_rate": self.args.learning_rate,
             "seed": self.args.seed,
             "data_seed": self.train_dataset.seed,
             "samples_per_update": self.args.samples_per_update,

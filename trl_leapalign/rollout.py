@@ -243,6 +243,11 @@ class _Recorder:
         if id(scheduler) not in self.streams:
             self.start(scheduler, self.first_index)
         stream = self.streams[id(scheduler)]
+        if stream.plan.copies and self.finished:
+            raise ValueError(
+                f"The pipeline runs several sampling loops, and {type(self.method).__name__} repeats the last step of "
+                "one. Choose a method without copies, such as LeapAlign."
+            )
         with torch.enable_grad():
             velocity, latents = bound.arguments["model_output"], stream.restored(bound.arguments["sample"])
         if not stream.is_active(stream.num_taken):

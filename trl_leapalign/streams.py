@@ -78,7 +78,8 @@ class Stream:
         """The latents that a step was given, with the graph that they had before they went into the denoiser."""
         active = self.is_active(self.num_taken)
         if active and latents.requires_grad:
-            return scale_gradient(latents, 1.0 / self.scale)
+            # Those of a loop's first step come from the pipeline, and were not scaled.
+            return latents if self.entered is None else scale_gradient(latents, 1.0 / self.scale)
         if active and self.entered is not None:
             raise RuntimeError(
                 f"Something detached the latents before step {self.num_taken}, so no gradient would flow through the "
