@@ -230,6 +230,11 @@ class _Recorder:
         self.generator.set_state(self.state)  # streams of equally many steps draw the same ones
         schedule, inverted = read_schedule(scheduler, first_index)
         plan = self.method.plan(schedule, self.generator)
+        if plan.copies and self.finished:
+            raise ValueError(
+                f"The pipeline sets a schedule after a sampling loop, and {type(self.method).__name__} repeats the "
+                "last step of one loop. Choose a method without copies, such as LeapAlign."
+            )
         if plan.copies:
             *times, end = schedule.times
             schedule = Schedule((*times, *times[-1:] * plan.copies, end), schedule.interpolant)
@@ -243,11 +248,6 @@ class _Recorder:
         if id(scheduler) not in self.streams:
             self.start(scheduler, self.first_index)
         stream = self.streams[id(scheduler)]
-        if stream.plan.copies and self.finished:
-            raise ValueError(
-                f"The pipeline runs several sampling loops, and {type(self.method).__name__} repeats the last step of "
-                "one. Choose a method without copies, such as LeapAlign."
-            )
         with torch.enable_grad():
             velocity, latents = bound.arguments["model_output"], stream.restored(bound.arguments["sample"])
         if not stream.is_active(stream.num_taken):
