@@ -194,7 +194,7 @@ def test_a_batch_and_accumulated_samples_give_the_same_gradients(dtype, toleranc
             per_device_train_batch_size=batch_size,
             gradient_accumulation_steps=accumulation,
             method_kwargs={"similarity_floor": 1e-4},
-            adam_epsilon=1e-3,  # else Adam turns the rounding of gradients near zero into steps of full size
+            adam_epsilon=1e-2,  # else Adam turns the rounding of gradients near zero into steps of full size
         )
         trainer.train()
         gradients.append(recorder.gradients)
