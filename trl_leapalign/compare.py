@@ -147,15 +147,16 @@ class Comparison:
                     f"The run {name!r} with {settings} cannot be compared: it is called {BASE!r}, its name is no name "
                     f"of a folder, or it sets what all runs share ({', '.join(SHARED)})."
                 )
-            ema_decay = {self.config_of(Job(name, seed)).ema_decay for seed in (self.tuning_seed, *self.seeds)}.pop()
+            for seed in (self.tuning_seed, *self.seeds):
+                config = self.config_of(Job(name, seed))
             if settings.get("full_finetuning") and self.peft_config is not None:
                 raise ValueError(
                     f"The run {name!r} trains all weights, so the LoRA of all runs has no effect. Drop one."
                 )
-            if ema_decay is not None and self.train_seconds is not None:
+            if config.ema_decay is not None and self.train_seconds is not None:
                 raise ValueError(
-                    f"The run {name!r} has ema_decay={ema_decay} beside train_seconds: runs that make fewer updates "
-                    "would keep more of the untrained weights. Leave ema_decay out."
+                    f"The run {name!r} has ema_decay={config.ema_decay} beside train_seconds: runs that make fewer "
+                    "updates would keep more of the untrained weights. Leave ema_decay out."
                 )
             if settings.get("full_finetuning") and "learning_rate" not in settings and not self.learning_rates:
                 raise ValueError(f"The run {name!r} trains all weights: set its learning_rate, such as 1e-5.")
