@@ -96,8 +96,8 @@ def training_config(arguments: argparse.Namespace) -> LeapAlignConfig:
         max_grad_norm=0.1,
         max_sample_grad_norm=0.06,  # a nearly empty picture's gradient is a hundred times the others'
         base_penalty=0.04,
-        ema_decay=0.97,
-        method_kwargs={"pairs_per_rollout": 2},
+        ema_decay=0.99,
+        method_kwargs={"pairs_per_rollout": 2, "reward_input": "leap"},
         sample_num_steps=8,  # of 12 in evaluation
         sample_height=kwargs.pop("height"),
         sample_width=kwargs.pop("width"),
