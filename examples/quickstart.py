@@ -41,7 +41,7 @@ def main() -> None:
     arguments = parse_arguments()
     output = Path(arguments.output_dir)
     output.mkdir(parents=True, exist_ok=True)
-    rows = evaluator.balanced(world.prompt_rows("held-out"), arguments.num_images)
+    rows = evaluator.balanced(world.prompt_rows(arguments.split), arguments.num_images)
 
     pipeline = load()
     images_before = evaluator.sample(pipeline, rows)
@@ -115,11 +115,11 @@ def load() -> DiffusionPipeline:
 
 
 class EvaluatorCallback(TrainerCallback):
-    """Lets the independent evaluator look at held-out prompts during training.
+    """Lets the independent evaluator look at its prompts during training.
 
     Args:
         pipeline (DiffusionPipeline): the pipeline that is trained.
-        rows (list[dict]): held-out prompts.
+        rows (list[dict]): prompts that training never sees.
     """
 
     def __init__(self, pipeline: DiffusionPipeline, rows: list[world.Row]):
@@ -157,7 +157,7 @@ def comparison_table(before: evaluator.Scores, after: evaluator.Scores) -> str:
 
 
 def draw_reward(history: list[dict[str, float]], progress: EvaluatorCallback, path: Path) -> None:
-    """Plot the training reward and the evaluator's score on held-out prompts over updates."""
+    """Plot the training reward and the evaluator's score over updates."""
     logs = [entry for entry in history if "reward" in entry]
     steps, rewards = [entry["step"] for entry in logs], torch.tensor([entry["reward"] for entry in logs])
     window = min(10, len(rewards))
@@ -167,7 +167,7 @@ def draw_reward(history: list[dict[str, float]], progress: EvaluatorCallback, pa
     left.plot(steps[window - 1 :], smooth, color="tab:blue", label=f"reward, training prompts (mean of {window})")
     left.set(xlabel="update", ylabel="reward")
     right = left.twinx()
-    right.plot(progress.steps, progress.scores, "o-", color="tab:orange", label="evaluator, held-out prompts")
+    right.plot(progress.steps, progress.scores, "o-", color="tab:orange", label="evaluator, its own prompts")
     right.set_ylabel("share of right pictures")
     figure.legend(loc="outside upper center", ncols=2, frameon=False)
     figure.savefig(path, dpi=120)
@@ -227,6 +227,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="of the training run")
     parser.add_argument("--max_steps", type=int, default=360, help="updates of 24 images")
     parser.add_argument("--learning_rate", type=float, default=1e-3, help="of the LoRA adapter")
+    parser.add_argument("--split", default="held-out", choices=["held-out", "tuning"], help="prompts of the evaluation")
     parser.add_argument("--num_images", type=int, default=1000, help="pictures of an evaluation")
     return parser.parse_args()
 

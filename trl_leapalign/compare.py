@@ -140,26 +140,8 @@ class Comparison:
         for name in ("train_rows", "eval_rows", "tuning_rows"):
             if getattr(self, name) is not None and not len(getattr(self, name)):
                 raise ValueError(f"{name} is empty: there must be at least one prompt.")
-        for name, settings in self.runs.items():
-            wrong = set(settings) & set(SHARED)
-            if name in (BASE, "", ".", "..") or "/" in name or wrong:
-                raise ValueError(
-                    f"The run {name!r} with {settings} cannot be compared: it is called {BASE!r}, its name is no name "
-                    f"of a folder, or it sets what all runs share ({', '.join(SHARED)})."
-                )
-            for seed in (self.tuning_seed, *self.seeds):
-                config = self.config_of(Job(name, seed))
-            if settings.get("full_finetuning") and self.peft_config is not None:
-                raise ValueError(
-                    f"The run {name!r} trains all weights, so the LoRA of all runs has no effect. Drop one."
-                )
-            if config.ema_decay is not None and self.train_seconds is not None:
-                raise ValueError(
-                    f"The run {name!r} has ema_decay={config.ema_decay} beside train_seconds: runs that make fewer "
-                    "updates would keep more of the untrained weights. Leave ema_decay out."
-                )
-            if settings.get("full_finetuning") and "learning_rate" not in settings and not self.learning_rates:
-                raise ValueError(f"The run {name!r} trains all weights: set its learning_rate, such as 1e-5.")
+        for name in self.runs:
+            self._check_run(name)
         if self.train_seconds is not None:
             Range(0, excluded=True).check("train_seconds", self.train_seconds)
         if missing := [name for name in ("matplotlib", "scipy") if find_spec(name) is None]:
@@ -174,6 +156,26 @@ class Comparison:
             raise ValueError(
                 f"group_by={self.group_by!r} has groups called like columns of the report: {sorted(taken)}."
             )
+
+    def _check_run(self, name: str) -> None:
+        settings = self.runs[name]
+        wrong = set(settings) & set(SHARED)
+        if name in (BASE, "", ".", "..") or "/" in name or wrong:
+            raise ValueError(
+                f"The run {name!r} with {settings} cannot be compared: it is called {BASE!r}, its name is no name "
+                f"of a folder, or it sets what all runs share ({', '.join(SHARED)})."
+            )
+        configs = [self.config_of(Job(name, seed)) for seed in (self.tuning_seed, *self.seeds)]
+        ema_decay = configs[0].ema_decay
+        if ema_decay is not None and self.train_seconds is not None:
+            raise ValueError(
+                f"The run {name!r} has ema_decay={ema_decay} beside train_seconds: runs that make fewer "
+                "updates would keep more of the untrained weights. Leave ema_decay out."
+            )
+        if configs[0].full_finetuning and self.peft_config is not None:
+            raise ValueError(f"The run {name!r} trains all weights, so the LoRA of all runs has no effect. Drop one.")
+        if settings.get("full_finetuning") and "learning_rate" not in settings and not self.learning_rates:
+            raise ValueError(f"The run {name!r} trains all weights: set its learning_rate, such as 1e-5.")
 
     @property
     def output_dir(self) -> Path:

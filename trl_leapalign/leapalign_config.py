@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass, field
 from numbers import Real
 from typing import Any
@@ -426,6 +427,26 @@ class LeapAlignConfig(TrainingArguments):
     def samples_per_update(self) -> int:
         """Samples of one update, over all processes."""
         return self.per_device_train_batch_size * self.gradient_accumulation_steps * self.world_size
+
+    @property
+    def prompt_seed(self) -> int:
+        """Seed of the order of prompts, and of a prompt_function."""
+        return self.seed if self.data_seed is None else self.data_seed
+
+    def count_updates(self, num_prompts: int | None) -> int:
+        """Return how many updates a training makes.
+
+        Args:
+            num_prompts (int | None): prompts of an epoch; None is a prompt_function.
+
+        Raises:
+            ValueError: if there is no end.
+        """
+        if self.max_steps > 0:
+            return self.max_steps
+        if num_prompts is None:
+            raise ValueError("A prompt_function has no end, so num_train_epochs means nothing. Set max_steps.")
+        return math.ceil(self.num_train_epochs * num_prompts / self.samples_per_update)
 
 
 def _jsonable(value: Any) -> Any:

@@ -1,7 +1,6 @@
 """LeapAlignTrainer: prompts -> rollout -> reward -> loss."""
 
 import copy
-import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -107,7 +106,7 @@ class LeapAlignTrainer(Trainer):
         eval_source = eval_dataset if eval_dataset is not None else config.eval_prompts
         eval_rows = load_prompts(eval_source, config.prompt_column, split="test") if eval_source is not None else None
         self.columns = self._find_columns(config, eval_rows)
-        config.max_steps = _count_steps(config, self.prompt_source)
+        config.max_steps = config.count_updates(None if callable(self.prompt_source) else len(self.prompt_source))
         # Trainer would copy the denoisers to all devices of the process, but the rollout runs the pipeline's own.
         config._n_gpu = min(config.n_gpu, 1)
         self.weight_average: WeightAverage | None = None
@@ -137,7 +136,7 @@ class LeapAlignTrainer(Trainer):
                 train_dataset=PromptStream(
                     self.prompt_source,
                     config.max_steps * config.samples_per_update,
-                    seed=config.seed if config.data_seed is None else config.data_seed,
+                    seed=config.prompt_seed,
                     prompt_column=config.prompt_column,
                     shuffle=config.train_sampling_strategy == "random",
                 ),
@@ -411,7 +410,7 @@ class LeapAlignTrainer(Trainer):
         """Which columns go into the pipeline's call, checked on all prompts that are there."""
         rows: Any = self.prompt_source
         if callable(rows):
-            rows = [PromptStream(rows, 1, config.seed if config.data_seed is None else config.data_seed)[0]["metadata"]]
+            rows = [PromptStream(rows, 1, config.prompt_seed)[0]["metadata"]]
         options = (config.pipeline_columns, rows, config.call_kwargs(), config.prompt_column)
         columns = CallColumns.of(self.pipeline, *options)
         if eval_rows is not None:
@@ -497,11 +496,3 @@ class LeapAlignTrainer(Trainer):
         """
         if self.is_world_process_zero():
             write_model_card(self, Path(self.args.output_dir), **metadata)
-
-
-def _count_steps(config: LeapAlignConfig, prompts: Sequence | PromptFunction) -> int:
-    if config.max_steps > 0:
-        return config.max_steps
-    if callable(prompts):
-        raise ValueError("A prompt_function has no end, so num_train_epochs means nothing. Set max_steps.")
-    return math.ceil(config.num_train_epochs * len(prompts) / config.samples_per_update)
