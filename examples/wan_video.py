@@ -21,8 +21,8 @@ from diffusers import DiffusionPipeline
 from trl import TrlParser
 
 from trl_leapalign import LeapAlignConfig, LeapAlignTrainer
-from trl_leapalign.callbacks import SampleFiles
 from trl_leapalign.rewards import CLIPReward, VideoReward
+from trl_leapalign.training.callbacks import SampleFiles
 
 RECIPE = {
     "output_dir": "outputs/wan",

@@ -15,7 +15,7 @@ from transformers import (
 )
 
 from trl_leapalign.evaluation import ColorClassifier, Mask2FormerDetector
-from trl_leapalign.evaluation.geneval_metadata import CLASS_NAMES, COLORS
+from trl_leapalign.evaluation.geneval.metadata import CLASS_NAMES, COLORS
 
 SPECIAL = ["<pad>", "<unk>", "<bos>", "<eos>"]
 WORDS = [*SPECIAL, *"a photo of object - colored dog cat couch".split(), *COLORS]

@@ -7,10 +7,10 @@ import torch
 from pipeline_cases import CASES, PipelineCase
 from pipeline_cases.laboratory import Laboratory
 
-from trl_leapalign.adapters import saved_by_pipeline
-from trl_leapalign.check import Watched
+from trl_leapalign.adapters.lora import saved_by_pipeline
+from trl_leapalign.cli.check import Watched
 from trl_leapalign.methods import LeapAlign
-from trl_leapalign.pipelines import is_flow_matching, schedulers_of
+from trl_leapalign.rollout.pipelines import is_flow_matching, schedulers_of
 
 PAGE = Path(__file__).parents[1] / "docs" / "pipelines.md"
 BEGIN, END = "<!-- begin: written by `make pipelines` -->\n", "<!-- end -->\n"

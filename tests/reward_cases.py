@@ -18,7 +18,7 @@ from transformers import (
 from examples.tiny import VOCABULARY, tiny_tokenizer
 from trl_leapalign.rewards import AestheticScore, CLIPReward, CLIPScore, HPSv2, HPSv3, ImageReward, PickScore
 from trl_leapalign.rewards.hpsv3 import preference_head
-from trl_leapalign.rewards.model import linear_head
+from trl_leapalign.rewards.reward_model import linear_head
 
 PROMPTS = ["a red circle", "a blue square left of a cat", "two dogs"]
 INSTRUCTION = "the photo of {text_prompt} and <|Reward|> a dog"

@@ -8,7 +8,7 @@ from recordings import errors, gradients, record
 from rollout_cases import Case, seeded
 
 from trl_leapalign import LeapAlignConfig
-from trl_leapalign.rollout import run_rollout
+from trl_leapalign.rollout.run import run_rollout
 
 DOCS = Path(__file__).parent.parent / "docs"
 

@@ -2,17 +2,8 @@
 
 from .leapalign_config import LeapAlignConfig
 from .leapalign_trainer import LeapAlignTrainer
-from .methods import (
-    DRaFT,
-    DRaFTLV,
-    DRTune,
-    FlowBPBridge,
-    FlowBPLagrange,
-    FlowBPSparse,
-    LeapAlign,
-    ReFL,
-)
-from .rollout import RolloutOutput, run_rollout
+from .methods import DRaFT, DRaFTLV, DRTune, FlowBPBridge, FlowBPLagrange, FlowBPSparse, LeapAlign, ReFL
+from .rollout.run import RolloutOutput, run_rollout
 
 __version__ = "0.1.0.dev0"
 

@@ -9,8 +9,8 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-from .columns import COPIES, read_columns
 from .methods import METHODS, Method
+from .prompts.columns import COPIES, read_columns
 from .ranges import Range, check_bool
 
 RESERVED_SAMPLE_KWARGS = {

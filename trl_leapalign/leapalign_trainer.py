@@ -19,22 +19,30 @@ from torch.utils.data import SequentialSampler
 from transformers import Trainer, TrainerCallback, set_seed
 from transformers.trainer_utils import HubStrategy, TrainOutput
 
-from .adapters import prepare_denoisers, restored_on_error, save_trained
-from .callbacks import WeightAverage
-from .checkpoints import last_checkpoint, load_run, save_run
-from .checks import DryRun, NothingLearnt, check_evaluation, check_kinds, check_optimizer, check_weights, dry_run
-from .columns import CallColumns
+from .adapters.lora import prepare_denoisers, restored_on_error, save_trained
+from .adapters.model_card import write_model_card
+from .evaluation.scoring import scored_batches
 from .leapalign_config import LeapAlignConfig
-from .losses import below_threshold, limit_sample_gradients, reward_loss
-from .metrics import MetricBuffer, merge, peak_memory_gib, saturated, summarise
-from .model_card import write_model_card
-from .pipelines import check_call_arguments, load_pipeline, quiet
-from .prompts import PromptFunction, PromptSource, PromptStream, choose_prompts, collate, load_prompts
+from .prompts.columns import CallColumns
+from .prompts.sources import PromptFunction, PromptSource, PromptStream, choose_prompts, collate, load_prompts
 from .rewards import RewardFunction, RewardSet, Scores, check_finite
-from .rewards.base import check_reward_settings
-from .rollout import RolloutOutput
-from .rollout_model import RolloutModel, for_copies
-from .scoring import scored_batches
+from .rewards.reward_set import check_reward_settings
+from .rollout.pipelines import check_call_arguments, load_pipeline, quiet
+from .rollout.rollout_model import RolloutModel, for_copies
+from .rollout.run import RolloutOutput
+from .training.callbacks import WeightAverage
+from .training.checkpoints import last_checkpoint, load_run, save_run
+from .training.dry_run import (
+    DryRun,
+    NothingLearnt,
+    check_evaluation,
+    check_kinds,
+    check_optimizer,
+    check_weights,
+    dry_run,
+)
+from .training.losses import below_threshold, limit_sample_gradients, reward_loss
+from .training.metrics import MetricBuffer, merge, peak_memory_gib, saturated, summarise
 
 MOST_IDLE_UPDATES = 10
 
@@ -492,7 +500,7 @@ class LeapAlignTrainer(Trainer):
         """Write the card of the trained weights into `output_dir`.
 
         Args:
-            **metadata: arguments of [`~trl_leapalign.model_card.write_model_card`], such as `license` or `tags`.
+            **metadata: arguments of `adapters.model_card.write_model_card`, such as `license` or `tags`.
         """
         if self.is_world_process_zero():
             write_model_card(self, Path(self.args.output_dir), **metadata)

@@ -4,7 +4,7 @@
 
 `--expected` is the score of the original package for the same file; without it, the score of this library is recorded,
 which only shows later changes. The image is copied beside the record, so take one that may be published.
-`tests/test_golden.py` scores it again wherever the weights are in the Hub's cache.
+`tests/rewards/test_golden.py` scores it again wherever the weights are in the Hub's cache.
 """
 
 import argparse

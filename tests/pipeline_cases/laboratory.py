@@ -9,12 +9,12 @@ from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from torch import Tensor, nn
 
 from trl_leapalign import LeapAlignConfig, LeapAlignTrainer
-from trl_leapalign.adapters import attach_lora, find_denoisers
-from trl_leapalign.backward import WRITTEN_INTO, copies_of_saved_tensors
-from trl_leapalign.images import by_sample
+from trl_leapalign.adapters.lora import attach_lora, find_denoisers
+from trl_leapalign.media import by_sample
 from trl_leapalign.methods import LeapAlign, Method, Schedule
-from trl_leapalign.pipelines import modules_of, schedulers_of
-from trl_leapalign.rollout import RolloutOutput, run_rollout
+from trl_leapalign.rollout.pipelines import modules_of, schedulers_of
+from trl_leapalign.rollout.recompute import WRITTEN_INTO, copies_of_saved_tensors
+from trl_leapalign.rollout.run import RolloutOutput, run_rollout
 
 from .base import PipelineCase
 

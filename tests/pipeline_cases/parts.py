@@ -10,7 +10,7 @@ from PIL import Image
 from transformers import CLIPImageProcessorPil, CLIPTextConfig, CLIPVisionConfig
 
 from examples.tiny import frozen, tiny_clip_config
-from trl_leapalign.pipelines import modules_of
+from trl_leapalign.rollout.pipelines import modules_of
 
 from .base import PipelineCase
 

@@ -2,11 +2,11 @@
 
 from .evaluate import Evaluation, evaluate
 from .evaluators import EVALUATORS, Evaluator, named_evaluator
-from .geneval import Accuracy, Detection, GenEvalRules, GenEvalSummary, Verdict, summarize_geneval
-from .geneval_colors import ColorClassifier
-from .geneval_evaluator import GenEval
-from .geneval_metadata import GenEvalTask, parse_task, read_geneval
-from .mask2former import Mask2FormerDetector
+from .geneval.colors import ColorClassifier
+from .geneval.evaluator import GenEval
+from .geneval.mask2former import Mask2FormerDetector
+from .geneval.metadata import GenEvalTask, parse_task, read_geneval
+from .geneval.rules import Accuracy, Detection, GenEvalRules, GenEvalSummary, Verdict, summarize_geneval
 from .paired import ComparedScore, PairedComparison, compare_evaluations
 from .statistics import Estimate
 from .tables import EvaluatorSummary

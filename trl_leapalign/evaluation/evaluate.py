@@ -14,8 +14,8 @@ from accelerate.utils import gather_object
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from ..columns import read_columns
-from ..prompts import PromptSource
+from ..prompts.columns import read_columns
+from ..prompts.sources import PromptSource
 from ..rewards import RewardSet
 from .evaluators import Evaluator, EvaluatorSource, as_evaluators
 from .generation import Generation, PipelineSource, process_device, weights_digest

@@ -8,8 +8,8 @@ from functools import partial
 from typing import Any, TypeAlias
 
 from ..rewards import REWARDS, RewardFunction, RewardSet
-from .geneval_evaluator import GenEval
-from .geneval_metadata import parse_task
+from .geneval.evaluator import GenEval
+from .geneval.metadata import parse_task
 from .unified_reward import ALIGNMENT_PROMPT, IMAGE_QUALITY_PROMPT, UnifiedReward
 
 UNIFIED_REWARD = partial(UnifiedReward.from_pretrained, source="CodeGoat24/UnifiedReward-qwen-7b")

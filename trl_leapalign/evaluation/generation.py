@@ -12,13 +12,13 @@ import torch
 from accelerate import PartialState
 from diffusers import DiffusionPipeline
 
-from ..columns import COPIES, CallColumns
-from ..images import as_text, read_samples, save_sample
-from ..pipelines import check_call_arguments, load_pipeline, modules_of, quiet
-from ..prompts import split_row
+from ..adapters.loading import file_digest, load_adapter
+from ..media import as_text, read_samples, save_sample
+from ..prompts.columns import COPIES, CallColumns
+from ..prompts.sources import split_row
 from ..ranges import Range
-from ..sampling import sample_images
-from .pipeline_adapter import file_digest, load_adapter
+from ..rollout.calls import sample_images
+from ..rollout.pipelines import check_call_arguments, load_pipeline, modules_of, quiet
 
 PipelineSource: TypeAlias = DiffusionPipeline | str | Path | Callable[[], DiffusionPipeline]
 

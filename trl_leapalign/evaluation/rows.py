@@ -7,8 +7,8 @@ from typing import Any
 
 import datasets
 
-from ..prompts import PromptSource, load_prompts
-from .geneval_metadata import parse_task, read_geneval
+from ..prompts.sources import PromptSource, load_prompts
+from .geneval.metadata import parse_task, read_geneval
 
 
 def load_rows(source: PromptSource, prompt_column: str = "prompt") -> Sequence[dict[str, Any]]:

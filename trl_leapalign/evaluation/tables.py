@@ -12,8 +12,8 @@ import pyarrow
 from pyarrow import parquet
 from torch import Tensor
 
-from .geneval import summarize_geneval
-from .geneval_metadata import TAGS
+from .geneval.metadata import TAGS
+from .geneval.rules import summarize_geneval
 from .statistics import UNKNOWN, Estimate, clustered_mean, mean_of
 
 Columns: TypeAlias = dict[str, list]

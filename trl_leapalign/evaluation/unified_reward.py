@@ -16,7 +16,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from ..images import to_pil
+from ..media import to_pil
 from ..rewards.inputs import check_inputs
 from ..rewards.weights import load_image_processor, load_model, load_tokenizer
 

@@ -1,7 +1,7 @@
 """What a method is: which steps carry gradients, and what graph the latents carry from step to step. Pure torch.
 
 A method is a frozen dataclass of its settings. For every rollout it draws a `Plan`, then follows each stream of
-latents (most pipelines have one) with a `Trajectory`. `trl_leapalign.rollout` runs the pipeline and calls the two.
+latents (most pipelines have one) with a `Trajectory`. `trl_leapalign.rollout.run` runs the pipeline and calls the two.
 """
 
 from abc import ABC, abstractmethod
@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..flow import Interpolant
+from .flow import Interpolant
 
 
 @dataclass(frozen=True)

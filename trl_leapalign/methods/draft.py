@@ -5,9 +5,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..flow import leap
 from ..ranges import Range, check_bool
 from .base import Method, Outcome, Plan, Schedule, Trajectory
+from .flow import leap
 
 
 @dataclass(frozen=True)

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..flow import leap
 from ..ranges import Range
 from .base import Method, Plan, Schedule, Trajectory
 from .draft import SolverTrajectory
+from .flow import leap
 from .refl import late_steps
 
 

@@ -6,9 +6,9 @@ from functools import partial
 
 import torch
 
-from ..flow import RECTIFIED
 from ..ranges import Range
 from .base import Method, Schedule
+from .flow import RECTIFIED
 from .surrogate import Segment, Support, SurrogatePlan, SurrogateTrajectory, floored_similarity, unit_weight
 
 SECOND_SUPPORT_SCALE = 0.25

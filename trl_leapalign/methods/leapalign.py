@@ -7,9 +7,9 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from ..flow import leap_weights
 from ..ranges import Range, check_bool
 from .base import Method, Schedule
+from .flow import leap_weights
 from .surrogate import Segment, Support, SurrogatePlan, SurrogateTrajectory, floored_similarity
 
 STEP_CHOICES = ("random", "fixed_distance")

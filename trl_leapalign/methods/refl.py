@@ -5,9 +5,9 @@ from dataclasses import dataclass
 
 import torch
 
-from ..flow import leap_weights
 from ..ranges import Range
 from .base import Method, Schedule
+from .flow import leap_weights
 from .surrogate import Segment, Support, SurrogatePlan, SurrogateTrajectory, unit_weight
 
 LATE_SHARE = 0.44

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..flow import connect, scale_gradient
 from .base import Outcome, Plan, Schedule, Trajectory
+from .flow import connect, scale_gradient
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,13 @@
-from ..images import column_images
+from ..media import column_images
 from .aesthetic import AestheticScore
-from .base import RewardFunction, RewardSet, Scores, check_finite
 from .builtin import REWARDS, load_reward
 from .clip import CLIPReward, CLIPScore, PickScore
 from .hpsv2 import HPSv2
 from .hpsv3 import HPSv3
 from .image_reward import ImageReward
-from .model import RewardModel
 from .remote import RemoteReward
+from .reward_model import RewardModel
+from .reward_set import RewardFunction, RewardSet, Scores, check_finite
 from .video import VideoReward
 
 __all__ = [

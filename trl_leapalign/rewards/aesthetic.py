@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from transformers import CLIPModel
 
 from .clip import check_clip, image_features
-from .model import RewardModel, apply_head, linear_head
 from .preprocessing import normalize, resize_and_crop
+from .reward_model import RewardModel, apply_head, linear_head
 from .weights import check_sha256, load_model, load_module, read_weights
 
 HEAD_FILE = "sac+logos+ava1-l14-linearMSE.pth"

@@ -10,7 +10,7 @@ from .clip import CLIPScore, PickScore
 from .hpsv2 import HPSv2
 from .hpsv3 import HPSv3
 from .image_reward import ImageReward
-from .model import RewardModel
+from .reward_model import RewardModel
 
 REWARDS: dict[str, Callable[..., RewardModel]] = {
     "hpsv2.0": partial(HPSv2.from_pretrained, version="2.0"),

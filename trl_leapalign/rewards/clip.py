@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import CLIPModel, PreTrainedTokenizerBase
 
-from .model import RewardModel, at_least_float32
 from .preprocessing import normalize, resize_and_crop
+from .reward_model import RewardModel, at_least_float32
 from .weights import load_model, load_tokenizer
 
 SCALES = ("cosine", "reference")

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
-from .model import RewardModel, apply_head
 from .preprocessing import normalize, resize, smart_resize, to_patches
+from .reward_model import RewardModel, apply_head
 from .weights import find_file, load_model, load_module, load_tokenizer, read_weights
 
 if TYPE_CHECKING:

@@ -10,8 +10,8 @@ import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from .model import RewardModel, apply_head, linear_head
 from .preprocessing import normalize, resize_and_crop
+from .reward_model import RewardModel, apply_head, linear_head
 from .weights import check_names, find_file, load_model, load_module, load_tokenizer, read_weights
 
 if TYPE_CHECKING:

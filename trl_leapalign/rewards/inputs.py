@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from ..images import check_images
+from ..media import check_images
 
 
 def check_inputs(

@@ -15,7 +15,7 @@ import torch
 from PIL.Image import Image
 from torch import Tensor
 
-from ..images import to_pil
+from ..media import to_pil
 from ..ranges import Range
 from .inputs import check_inputs
 

@@ -11,7 +11,7 @@ from ..ranges import Range
 from .builtin import load_reward
 from .callables import RewardFunction, check_callable, check_rewards, name_of
 from .inputs import check_inputs
-from .model import RewardModel, at_least_float32
+from .reward_model import RewardModel, at_least_float32
 
 BRIGHTNESS_LEVELS = 256
 

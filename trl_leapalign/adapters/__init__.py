@@ -1,0 +1,1 @@
+"""The trained weights: attached, saved, loaded, and described for the Hub."""

@@ -1,0 +1,242 @@
+"""The command `trl-leapalign`."""
+
+import importlib
+import logging
+import re
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from peft import LoraConfig
+
+from ..leapalign_config import LeapAlignConfig, read_dict
+from ..methods import METHODS
+from ..prompts.sources import load_prompts
+from ..rollout.pipelines import load_pipeline
+from .arguments import CheckArguments, CompareArguments, EvaluateArguments, TrainArguments
+
+SHAPES = "examples/shapes/compare.yaml"
+USAGE = f"""usage: trl-leapalign COMMAND [options]
+
+commands:
+  train     train a pipeline with a reward
+  compare   train several methods on the same prompts and seeds, and judge them ({SHAPES} by default)
+  evaluate  score a pipeline on prompts, with or without an adapter, or compare evaluations that are there
+  check     check PIPELINE: tell whether it can be trained, and what to set
+
+trl-leapalign COMMAND --help tells the options; those of all but evaluate are also all settings of LeapAlignConfig.
+--config FILE reads options from YAML. Where an object is asked for, MODULE:NAME is what Python finds under that name,
+from here.
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run a command.
+
+    Args:
+        arguments (Sequence[str] | None): of the command line; None is the process's own.
+    """
+    command, *options = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    if command in ("-h", "--help"):
+        print(USAGE)
+    elif command not in COMMANDS:
+        sys.exit(f"{USAGE}\nerror: unknown command {command!r}")
+    else:
+        sys.path.insert(0, "")
+        COMMANDS[command](options)
+
+
+def train(options: list[str]) -> None:
+    """Train a pipeline, save the weights, and push them if asked to."""
+    from ..leapalign_trainer import LeapAlignTrainer
+
+    arguments, config = _parse(TrainArguments, options)
+    trainer = LeapAlignTrainer(
+        _object(arguments.pipeline)() if _is_object(arguments.pipeline) else arguments.pipeline,
+        [_reward(name) for name in arguments.reward],
+        replace(config, train_prompts=None, eval_prompts=None),
+        train_dataset=_rows("train_prompts", config.train_prompts, config),
+        eval_dataset=config.eval_prompts and _rows("eval_prompts", config.eval_prompts, config, "test"),
+        peft_config=_lora(arguments),
+    )
+    trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
+    trainer.save_model()
+    if config.push_to_hub:
+        trainer.push_to_hub()
+    else:
+        trainer.create_model_card()
+
+
+def compare(options: list[str]) -> None:
+    """Compare runs, print the table and say where the report is."""
+    from ..comparison.compare import Comparison
+
+    if not {"--config", "--pipeline"} & {option.partition("=")[0] for option in options}:
+        if not Path(SHAPES).exists():
+            sys.exit(f"error: there is no {SHAPES} here. Pass --pipeline, --reward and prompts, or --config FILE.")
+        options = ["--config", SHAPES, *options]
+    arguments, config = _parse(CompareArguments, options)
+    for name, instead in NOT_COMPARED.items():
+        if getattr(config, name) != LeapAlignConfig.__dataclass_fields__[name].default:
+            sys.exit(f"error: compare does not take --{name}. {instead}")
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("trl_leapalign").setLevel(logging.INFO)
+    comparison = Comparison(
+        make_pipeline=_maker(arguments.pipeline, config),
+        reward=[_reward(name) for name in arguments.reward],
+        config=config,
+        runs=read_dict("runs", arguments.runs) or {name: {"method": name} for name in METHODS},
+        train_rows=_rows("train_prompts", config.train_prompts, config),
+        eval_rows=_rows("eval_prompts", config.eval_prompts, config, "test"),
+        tuning_rows=arguments.tuning_prompts and _rows("tuning_prompts", arguments.tuning_prompts, config),
+        evaluators=arguments.evaluator and [_reward(name) for name in arguments.evaluator],
+        seeds=arguments.seeds,
+        num_images=arguments.num_images,
+        group_by=arguments.group_by,
+        train_seconds=arguments.train_seconds,
+        learning_rates=arguments.learning_rates or (),
+        peft_config=_lora(arguments),
+        pipeline_name=arguments.pipeline,
+    )
+    report = comparison.run()
+    print(report.read_text(encoding="utf-8"))
+    print(f"The report is {report}.")
+
+
+def evaluate(options: list[str]) -> None:
+    """Evaluate a pipeline, or compare evaluations, and print the table."""
+    from accelerate import PartialState
+    from trl import TrlParser
+
+    from ..evaluation import compare_evaluations
+    from ..evaluation import evaluate as run
+
+    [arguments] = TrlParser(EvaluateArguments).parse_args_and_config(options)
+    if arguments.compare:
+        comparison = compare_evaluations(arguments.compare)
+        print(comparison.markdown())
+        if arguments.output_dir:
+            print(f"The table is {comparison.write(arguments.output_dir)}.")
+        return
+    missing = [name for name in ("pipeline", "prompts", "evaluators", "output_dir") if not getattr(arguments, name)]
+    if missing:
+        sys.exit(f"error: pass {', '.join(f'--{name}' for name in missing)}, or --compare DIR_A DIR_B.")
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("trl_leapalign").setLevel(logging.INFO)
+    evaluators, source = _evaluators(arguments), arguments.prompts
+    result = run(
+        _object(arguments.pipeline) if _is_object(arguments.pipeline) else arguments.pipeline,
+        _object(source)() if _is_object(source) else source,
+        evaluators,
+        arguments.output_dir,
+        adapter=arguments.adapter,
+        images_per_prompt=arguments.images_per_prompt,
+        seed=arguments.seed,
+        batch_size=arguments.batch_size,
+        call_kwargs=arguments.all_call_kwargs(),
+        group_by=arguments.group_by,
+        prompt_column=arguments.prompt_column,
+        pipeline_columns=arguments.pipeline_columns,
+    )
+    if PartialState().is_main_process:
+        print(result.report.read_text(encoding="utf-8"))
+        print(f"The report is {result.report}.")
+
+
+def check(options: list[str]) -> None:
+    """Try a pipeline out, print what was found, and exit with status 1 if it cannot be trained."""
+    from .check import PROMPTS
+    from .check import check as run
+
+    if options and not options[0].startswith("-"):
+        options = ["--pipeline", *options]
+    arguments, config = _parse(CheckArguments, options, per_device_train_batch_size=2)
+    prompts = config.train_prompts and _rows("train_prompts", config.train_prompts, config)
+    pipeline = _object(arguments.pipeline)() if _is_object(arguments.pipeline) else arguments.pipeline
+    found = run(pipeline, config, prompts or [{config.prompt_column: prompt} for prompt in PROMPTS])
+    print(found.markdown())
+    if not found.trainable:
+        sys.exit(1)
+
+
+NOT_COMPARED = {
+    "seed": "Set --seeds.",
+    "resume_from_checkpoint": "It goes on with the runs that are not done yet by itself.",
+    "push_to_hub": "Train the run that you choose with `trl-leapalign train`.",
+    "eval_strategy": "Each run is judged once, after training.",
+    "eval_on_start": "The pipeline before training is judged too.",
+}
+
+COMMANDS = {"train": train, "compare": compare, "evaluate": evaluate, "check": check}
+
+
+def _evaluators(arguments: EvaluateArguments) -> list[Any]:
+    """What the options name, checked but not loaded."""
+    from ..evaluation import Evaluator, named_evaluator
+    from ..evaluation.evaluators import callable_evaluator
+
+    settings = read_dict("evaluator_kwargs", arguments.evaluator_kwargs)
+    settings = {name: read_dict(f"evaluator_kwargs[{name!r}]", value) for name, value in settings.items()}
+    if arguments.geneval_detector is not None:
+        settings["geneval"] = {**settings.get("geneval", {}), "detector": arguments.geneval_detector}
+    unused = [name for name in settings if name not in arguments.evaluators or ":" in name]
+    if unused:
+        raise ValueError(f"Settings of {', '.join(unused)} have no effect: evaluators={arguments.evaluators}.")
+    found = []
+    for name in arguments.evaluators:
+        if ":" in name:
+            value = _object(name)
+            own = isinstance(value, Evaluator)
+            found.append(value if own else callable_evaluator(value, name.partition(":")[2]))
+        else:
+            found.append(named_evaluator(name, **settings.get(name, {})))
+    return found
+
+
+def _parse(kind: type, options: list[str], **defaults: Any) -> tuple[Any, LeapAlignConfig]:
+    from trl import TrlParser
+
+    parser = TrlParser((kind, LeapAlignConfig))
+    parser.set_defaults(**defaults)
+    return parser.parse_args_and_config(options)
+
+
+def _is_object(name: str) -> bool:
+    return re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", name) is not None
+
+
+def _object(name: str) -> Any:
+    """What Python finds under MODULE:NAME."""
+    if not _is_object(name):
+        raise ValueError(f"{name!r} names no object. Write MODULE:NAME, such as my_rewards:brightness.")
+    module, _, attribute = name.partition(":")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ModuleNotFoundError, AttributeError) as error:
+        raise ValueError(
+            f"There is no {name!r}: {error}. Modules are looked for here and among those installed."
+        ) from error
+
+
+def _reward(name: str) -> Any:
+    """A reward function, or the name of a built-in reward."""
+    return _object(name) if ":" in name else name
+
+
+def _lora(arguments: TrainArguments) -> LoraConfig | None:
+    settings = read_dict("lora", arguments.lora)
+    return LoraConfig(**settings) if settings else None
+
+
+def _maker(pipeline: str, config: LeapAlignConfig) -> Callable:
+    if _is_object(pipeline):
+        return _object(pipeline)
+    return lambda: load_pipeline(pipeline, config.device, config.model_init_kwargs)
+
+
+def _rows(option: str, source: str | None, config: LeapAlignConfig, split: str = "train") -> Sequence[dict[str, Any]]:
+    if source is None:
+        raise ValueError(f"There are no prompts: set {option}.")
+    return load_prompts(_object(source)() if _is_object(source) else source, config.prompt_column, split)

@@ -1,0 +1,1 @@
+"""GenEval: its prompts, detector, colour classifier and rules."""

@@ -1,0 +1,213 @@
+"""The one contract of rewards, and the checks that a reward function keeps it."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..ranges import Range
+from .builtin import check_reward_name, load_reward
+from .callables import RewardFunction, check_callable, check_rewards, name_of
+from .reward_model import RewardModel
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What the rewards say of a batch.
+
+    Args:
+        rewards (Tensor): one row a reward, shape (M, B), float32 or float64, with graph if the images have one.
+        total (Tensor): sum of the rewards times their weights, shape (B,), detached.
+        metrics (dict[str, Tensor]): values to log by name, detached: each reward's if there are several, and the
+            tensors of its dict.
+        details (dict[str, Any]): all that the rewards returned beside the rewards, by name.
+    """
+
+    rewards: Tensor
+    total: Tensor
+    metrics: dict[str, Tensor]
+    details: dict[str, Any]
+
+
+class RewardSet:
+    """One or several reward functions with their weights and thresholds.
+
+    Args:
+        functions (RewardFunction | str | Sequence[RewardFunction | str]): the reward function or functions. A name is
+            one of `REWARDS`, which is loaded.
+        weights (Sequence[float] | None): c_m of each; None is 1 for each.
+        thresholds (Sequence[float | None] | None): lambda_m of each, on its own scale; None in the list is none. None
+            for the list is the recommended one of each built-in reward, and none for others.
+
+    Raises:
+        TypeError: if one cannot be called with images, prompts and metadata, or weights or thresholds are no list.
+        ValueError: if there is none, a name is unknown, or the weights or thresholds do not match them or are not
+            finite.
+        FileNotFoundError: if the weights of a built-in reward are not to be had.
+    """
+
+    def __init__(
+        self,
+        functions: RewardFunction | str | Sequence[RewardFunction | str],
+        weights: Sequence[float] | None = None,
+        thresholds: Sequence[float | None] | None = None,
+    ):
+        listed = check_reward_settings(functions, weights, thresholds)
+        self.weights = [1.0] * len(listed) if weights is None else list(weights)
+        self.names = _unique([name_of(function) for function in listed])
+        self.functions = [load_reward(item) if isinstance(item, str) else item for item in listed]
+        self.thresholds = list(map(_threshold, self.functions)) if thresholds is None else list(thresholds)
+
+    def prepare(self, device: torch.device) -> None:
+        """Move reward models to a device, freeze them and put them in eval mode."""
+        for function in self.functions:
+            if isinstance(function, nn.Module):
+                function.to(device).eval().requires_grad_(False)
+
+    def __call__(self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Scores:
+        """Score a batch, in float32 at least and without autocast.
+
+        Args:
+            images (Tensor): shape (B, 3, H, W), or (B, F, 3, H, W) for video, in [0, 1].
+            prompts (list[str]): length B.
+            metadata (list[dict]): length B.
+
+        Returns:
+            Scores: rewards with graph, and what to log.
+
+        Raises:
+            TypeError: if a reward returns something that is not a floating tensor.
+            ValueError: if its shape is wrong, it has lost the graph, or the reward changes the images in place.
+        """
+        precise = images.to(torch.promote_types(images.dtype, torch.float32))
+        with torch.autocast(images.device.type, enabled=False):
+            return self._score(precise, prompts, metadata)
+
+    def _score(self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Scores:
+        rows, metrics, details = [], {}, {}
+        for name, function in zip(self.names, self.functions, strict=True):
+            result = _apply(function, name, images, prompts, metadata)
+            rewards, extra = result if isinstance(result, tuple) and len(result) == 2 else (result, {})
+            if not isinstance(extra, dict):
+                raise TypeError(
+                    f"The reward {name!r} returned a {type(extra).__name__} beside its rewards. Return the rewards "
+                    "alone, or (rewards, dict)."
+                )
+            check_rewards(rewards, images, name)
+            rows.append(rewards.to(images.device, torch.promote_types(rewards.dtype, torch.float32)))
+            if len(self.functions) > 1:
+                metrics[f"rewards/{name}"] = rows[-1].detach()
+            details[name] = {key: _detach(value) for key, value in extra.items()}
+            metrics.update({f"rewards/{name}/{key}": value for key, value in _numbers(details[name], images)})
+        rewards = torch.stack(rows)
+        total = torch.tensor(self.weights, dtype=rewards.dtype, device=rewards.device) @ rewards.detach()
+        return Scores(rewards, total, metrics, details)
+
+
+def check_reward_settings(functions: Any, weights: Any = None, thresholds: Any = None) -> list[RewardFunction | str]:
+    """Check what a `RewardSet` is made of, before anything is loaded.
+
+    Args:
+        functions (Any): should be a reward function, the name of one, or a list of them.
+        weights (Any): should be a list of numbers, one a reward, or None.
+        thresholds (Any): should be a list of numbers or None, one a reward, or None.
+
+    Returns:
+        list[RewardFunction | str]: the reward functions and names.
+
+    Raises:
+        TypeError: if something is of the wrong kind.
+        ValueError: if there is no reward, a name is unknown, or numbers do not match or are not finite.
+    """
+    listed = list(functions) if isinstance(functions, (list, tuple)) else [functions]
+    if not listed:
+        raise ValueError("There is no reward: pass a reward function, or a list of them that is not empty.")
+    for function in listed:
+        if isinstance(function, str):
+            check_reward_name(function)
+        else:
+            check_callable(function)
+    if weights is not None:
+        _check_numbers("reward_weights", weights, len(listed))
+        if not any(weights):
+            raise ValueError(f"reward_weights={weights} are all zero, so nothing would be learnt.")
+    if thresholds is not None:
+        _check_numbers("reward_threshold", thresholds, len(listed), optional=True)
+    return listed
+
+
+def _check_numbers(name: str, values: Any, count: int, optional: bool = False) -> None:
+    if not isinstance(values, (list, tuple)):
+        raise TypeError(f"{name}={values!r} must be a list of numbers, in the order of the rewards.")
+    if len(values) != count:
+        raise ValueError(f"{name} has {len(values)} entries for {count} rewards: {values}. Give one for each.")
+    for index, value in enumerate(values):
+        if value is not None or not optional:
+            Range().check(f"{name}[{index}]", value)
+
+
+def _apply(
+    function: RewardFunction, name: str, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]
+) -> Any:
+    """Call a reward function on lists of its own, and see that it leaves the images as they are."""
+    before = _version(images)
+    try:
+        result = function(images, list(prompts), [dict(row) for row in metadata])
+    except RuntimeError as error:
+        if "numpy()" not in str(error):
+            raise
+        raise ValueError(
+            f"The reward {name!r} turns tensors into NumPy arrays, through which no gradient flows. Compute it with "
+            "torch operations only."
+        ) from error
+    if _version(images) != before:
+        raise ValueError(
+            f"The reward {name!r} changes the images in place, so the next one would see others. Use operations that "
+            "return new tensors, or start with images = images.clone()."
+        )
+    return result
+
+
+def _version(images: Tensor) -> int:
+    return 0 if images.is_inference() else images._version
+
+
+def check_finite(scores: Scores, names: list[str], prompts: list[str]) -> None:
+    """Raise ValueError if a reward is NaN or infinite.
+
+    Args:
+        scores (Scores): of a batch.
+        names (list[str]): of the rewards, length M.
+        prompts (list[str]): length B.
+    """
+    broken = (~torch.isfinite(scores.rewards)).nonzero().tolist()
+    if broken:
+        reward, sample = broken[0]
+        raise ValueError(
+            f"{len(broken)} of {scores.rewards.numel()} rewards are not finite, such as {names[reward]!r} of "
+            f"{prompts[sample]!r}: {scores.rewards[reward, sample].item()}. Check the reward, and that the images are "
+            "finite (black or NaN images come from a decoder in float16)."
+        )
+
+
+def _detach(value: Any) -> Any:
+    return value.detach() if isinstance(value, Tensor) else value
+
+
+def _numbers(extra: dict[str, Any], images: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """The entries to log: numbers, and tensors of one value or one a sample."""
+    for key, value in extra.items():
+        if isinstance(value, (int, float)):
+            yield key, torch.tensor(float(value), device=images.device)
+        elif isinstance(value, Tensor) and value.shape in ((), (1,), (len(images),)):
+            yield key, value
+
+
+def _threshold(function: RewardFunction) -> float | None:
+    return function.threshold if isinstance(function, RewardModel) else None
+
+
+def _unique(names: list[str]) -> list[str]:
+    return [name if names.count(name) == 1 else f"{name}_{index}" for index, name in enumerate(names)]

@@ -1,0 +1,133 @@
+"""Plain calls of a pipeline on numbered prompts: which noise each gets, and what a batch's call is."""
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor
+
+from ..media import by_sample, check_shapes
+from ..prompts.columns import CallColumns
+from ..prompts.seeds import Purpose, derive_seed, make_generator
+
+NO_COLUMNS = CallColumns()
+
+
+@torch.no_grad()
+def sample_images(
+    pipeline: DiffusionPipeline,
+    prompts: list[str],
+    indices: list[int],
+    call_kwargs: dict[str, Any],
+    seed: int,
+    independent: bool = False,
+    columns: CallColumns = NO_COLUMNS,
+    metadata: Sequence[Mapping[str, Any]] = (),
+    purpose: Purpose = Purpose.EVALUATION,
+) -> Tensor:
+    """Sample an image for each prompt without gradients, with noise that is kept apart from that of training.
+
+    Args:
+        pipeline (DiffusionPipeline): the pipeline.
+        prompts (list[str]): length B.
+        indices (list[int]): number of each image, which its noise follows from, length B; noise that the solver draws
+            itself follows from the first of a call alone.
+        call_kwargs (dict[str, Any]): arguments of the pipeline's call that are the same for every batch.
+        seed (int): of the noise.
+        independent (bool): whether an image must not depend on the others of its batch.
+        columns (CallColumns): the columns of `metadata` that go into the call.
+        metadata (Sequence[Mapping[str, Any]]): the prompts' other columns, length B; unused without `columns`.
+        purpose (Purpose): what the images are for; NOISE gives those of training.
+
+    Returns:
+        Tensor: images in [0, 1], shape (B, 3, H, W), or video (B, F, 3, H, W).
+
+    Raises:
+        ValueError: if images must be independent, but the solver draws noise of its own for a batch of several; if
+            they differ in size or number, or a row lacks what goes into the call.
+    """
+    images = []
+    for own, kwargs in batch_calls(call_kwargs, columns, prompts, metadata, seed, purpose, indices):
+        with solver_noise(seed, purpose, own[0]):
+            before = _random_states()
+            output = pipeline(output_type="pt", return_dict=False, **kwargs)[0]
+            images.append(by_sample(output, len(own), type(pipeline).__name__))
+            drawn = any(not torch.equal(*pair) for pair in zip(before, _random_states(), strict=True))
+        if independent and drawn and len(own) > 1:
+            raise ValueError(
+                f"The solver of {type(pipeline).__name__} draws noise of its own, which follows from the batch when "
+                f"{len(own)} images are sampled at a time. Set batch_size=1."
+            )
+    check_shapes([each[0] for each in images])
+    return torch.cat(images) if len(images) > 1 else images[0]
+
+
+def batch_calls(
+    call_kwargs: dict[str, Any],
+    columns: CallColumns,
+    prompts: list[str],
+    metadata: Sequence[Mapping[str, Any]],
+    seed: int,
+    purpose: Purpose,
+    indices: list[int],
+) -> list[tuple[list[int], dict[str, Any]]]:
+    """Divide a batch into calls of the pipeline: one, unless columns make it one a sample.
+
+    Args:
+        call_kwargs (dict[str, Any]): arguments that are the same for every batch.
+        columns (CallColumns): the columns of `metadata` that go into the call.
+        prompts (list[str]): length B.
+        metadata (Sequence[Mapping[str, Any]]): rows of the batch; unused without `columns`.
+        seed (int): of the run.
+        purpose (Purpose): what the batch is for.
+        indices (list[int]): number of each sample, which its noise follows from, length B.
+
+    Returns:
+        list[tuple[list[int], dict]]: of each call, the numbers of its samples and its arguments.
+    """
+    parts = columns.calls(metadata) if columns.columns else [(slice(0, len(prompts)), {})]
+    return [
+        (indices[part], {**_call_kwargs(call_kwargs, prompts[part], seed, purpose, indices[part]), **from_columns})
+        for part, from_columns in parts
+    ]
+
+
+def _random_states() -> list[Tensor]:
+    """Of the generators that `solver_noise` seeds."""
+    return [torch.get_rng_state(), *([torch.cuda.get_rng_state()] if torch.cuda.is_available() else [])]
+
+
+def _call_kwargs(
+    call_kwargs: dict[str, Any], prompts: list[str], seed: int, purpose: Purpose, indices: list[int]
+) -> dict[str, Any]:
+    """Arguments of a call, by the pipeline's names.
+
+    Texts are repeated for each sample, since not every pipeline does it for those beside the prompt; lists are copied,
+    since some pipelines write into them; and a single sample comes with one prompt and one generator, since some take
+    no lists.
+    """
+    generators = [make_generator(seed, purpose, index) for index in indices]
+    shared = {name: copy.copy(value) for name, value in call_kwargs.items()}
+    if len(prompts) == 1:
+        return {"prompt": prompts[0], "generator": generators[0], **shared}
+    texts = {name: text for name, text in shared.items() if "prompt" in name and isinstance(text, str)}
+    repeated = {name: [text] * len(prompts) for name, text in texts.items()}
+    return {"prompt": list(prompts), "generator": generators, **shared, **repeated}
+
+
+@contextmanager
+def solver_noise(seed: int, purpose: Purpose, index: int) -> Iterator[None]:
+    """Seed torch's global random states, which some solvers draw from, and put them back.
+
+    Args:
+        seed (int): of the run.
+        purpose (Purpose): what the batch is for.
+        index (int): number of its first sample.
+    """
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(derive_seed(seed, Purpose.SOLVER, purpose, index))
+        yield

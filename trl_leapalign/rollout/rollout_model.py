@@ -1,0 +1,173 @@
+"""The module that is trained: it owns the denoisers, and its forward is the rollout."""
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from typing import Any, TypeVar
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor, nn
+
+from ..media import by_sample, check_shapes
+from ..methods import DRaFT, Method
+from ..prompts.columns import CallColumns
+from ..prompts.seeds import Purpose, make_generator
+from .base_penalty import distances_to_base
+from .calls import NO_COLUMNS, batch_calls, sample_images, solver_noise
+from .pipelines import modules_of, quiet
+from .recompute import WRITTEN_INTO, check_checkpointing, copies_of_saved_tensors
+from .run import RolloutOutput, run_rollout
+
+T = TypeVar("T")
+
+
+class RolloutModel(nn.Module):
+    """Makes one forward call of a batch's rollout, so that DDP synchronises gradients however often the denoiser runs.
+
+    Args:
+        pipeline (DiffusionPipeline): the pipeline that is run; not a part of the module.
+        denoisers (dict[str, nn.Module]): its components that are trained.
+        method (Method): how the reward's gradient reaches them.
+        call_kwargs (dict[str, Any]): arguments of the pipeline's call that are the same for every batch.
+        seed (int): of noise and step choices.
+        draw_group_size (int): consecutive samples that share one choice of steps.
+        base_penalty (bool): whether to measure the distance to the base model, whose adapters are off.
+        columns (CallColumns): the columns of the metadata that go into the call.
+    """
+
+    accepts_loss_kwargs = False
+
+    def __init__(
+        self,
+        pipeline: DiffusionPipeline,
+        denoisers: dict[str, nn.Module],
+        method: Method,
+        call_kwargs: dict[str, Any],
+        seed: int,
+        draw_group_size: int,
+        base_penalty: bool = False,
+        columns: CallColumns = NO_COLUMNS,
+    ):
+        super().__init__()
+        self.denoisers = nn.ModuleDict(denoisers)
+        self.pipeline = pipeline
+        self.method = method
+        self.call_kwargs = call_kwargs
+        self.seed = seed
+        self.draw_group_size = draw_group_size
+        self.base_penalty = base_penalty
+        self.columns = columns
+        self.copies_saved_tensors = False
+        self.eval()
+
+    def train(self, mode: bool = True) -> "RolloutModel":
+        """Stay in eval mode: what is trained is what is sampled."""
+        return super().train(False)
+
+    def forward(
+        self, prompts: list[str], indices: list[int], metadata: Sequence[Mapping[str, Any]] = ()
+    ) -> RolloutOutput:
+        """Run the pipeline on some prompts, in one call or, where columns ask for it, one a sample.
+
+        Args:
+            prompts (list[str]): length B.
+            indices (list[int]): number of each sample in the run, which its noise follows from.
+            metadata (Sequence[Mapping[str, Any]]): the prompts' other columns, length B; unused without `columns`.
+
+        Returns:
+            RolloutOutput: images with graph, weights, active steps and metrics, with `base_penalty` the distance.
+
+        Raises:
+            ValueError: if samples differ in size or number, or a row lacks what goes into the call.
+        """
+        return self.rollout(self.method, prompts, indices, metadata)
+
+    def rollout(
+        self, method: Method, prompts: list[str], indices: list[int], metadata: Sequence[Mapping[str, Any]] = ()
+    ) -> RolloutOutput:
+        """Run the pipeline with the graph of any method; the other arguments are those of `forward`."""
+        calls = batch_calls(self.call_kwargs, self.columns, prompts, metadata, self.seed, Purpose.NOISE, indices)
+        outputs = [self._call(method, own, kwargs) for own, kwargs in calls]
+        return outputs[0] if len(outputs) == 1 else _join(outputs)
+
+    def _call(self, method: Method, indices: list[int], call_kwargs: dict[str, Any]) -> RolloutOutput:
+        compared = self.denoisers.values() if self.base_penalty else ()
+        with (
+            solver_noise(self.seed, Purpose.NOISE, indices[0]),
+            copies_of_saved_tensors() if self.copies_saved_tensors else nullcontext(),
+            distances_to_base(compared, len(indices)) as distances,
+        ):
+            output = run_rollout(
+                self.pipeline,
+                method,
+                method_generator=make_generator(self.seed, Purpose.STEPS, indices[0] // self.draw_group_size),
+                **call_kwargs,
+            )
+        copies = max(len(output.weights) // len(indices), 1)
+        by_sample(output.images, copies * len(indices), type(self.pipeline).__name__)  # some take one prompt of several
+        return replace(output, penalty=torch.stack(distances).mean(0)) if distances else output
+
+    def sample(self, prompts: list[str], indices: list[int], metadata: Sequence[Mapping[str, Any]] = ()) -> Tensor:
+        """Call the pipeline itself, for the images of `forward` with a method that rewards the sampler's own."""
+        given = {"columns": self.columns, "metadata": metadata, "purpose": Purpose.NOISE}
+        with quiet(self.pipeline):
+            return sample_images(self.pipeline, prompts, indices, self.call_kwargs, self.seed, **given)
+
+    def check_checkpointing(
+        self, prompts: list[str], indices: list[int], metadata: Sequence[Mapping[str, Any]] = ()
+    ) -> None:
+        """Raise RuntimeError if recomputed activations are not those of before; arguments as for `forward`."""
+        check_checkpointing(
+            modules_of(self.pipeline).values(),
+            lambda: self.sample(prompts, indices, metadata),
+            lambda: self.rollout(DRaFT(num_last_steps=1), prompts, indices, metadata).images,
+            [parameter for parameter in self.parameters() if parameter.requires_grad],
+        )
+
+    def with_backward(self, run: Callable[[], T]) -> T:
+        """Run something with a backward pass; again with copies if the pipeline wrote into what that needs.
+
+        Args:
+            run (Callable[[], T]): makes rollouts and differentiates them.
+
+        Returns:
+            T: what it returns.
+        """
+        try:
+            return run()
+        except RuntimeError as error:
+            if self.copies_saved_tensors or WRITTEN_INTO not in str(error):
+                raise
+        self.copies_saved_tensors = True
+        return run()
+
+    def activation_checkpointing_enable(self, **kwargs: Any) -> None:
+        """Called by Trainer; the trainer has enabled it already, with what diffusers calls it."""
+
+
+def for_copies(images: Tensor, prompts: list[str], metadata: list[dict]) -> tuple[list[str], list[dict]]:
+    """Prompts and metadata of each image; a method's copies come after the samples, in their order."""
+    copies = len(images) // len(prompts)
+    return prompts * copies, metadata * copies
+
+
+def _join(outputs: list[RolloutOutput]) -> RolloutOutput:
+    """Put the rollouts of single samples together as one of a batch."""
+    check_shapes([output.images[0] for output in outputs])
+    loops = zip(*(output.latents for output in outputs), strict=True)
+    penalties = [output.penalty for output in outputs if output.penalty is not None]
+    return RolloutOutput(
+        images=_in_order([output.images for output in outputs]),
+        weights=_in_order([output.weights for output in outputs]),
+        active_steps=outputs[0].active_steps,
+        metrics={key: _in_order([output.metrics[key] for output in outputs]) for key in outputs[0].metrics},
+        latents=tuple(latents for loop in loops for latents in loop),
+        penalty=torch.cat(penalties) if penalties else None,
+        num_calls=len(outputs),
+    )
+
+
+def _in_order(parts: list[Tensor]) -> Tensor:
+    """Join what belongs to one sample each, whose copies lie one after another, copy-major."""
+    return torch.stack(parts, dim=1).flatten(0, 1)

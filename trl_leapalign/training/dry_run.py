@@ -1,0 +1,265 @@
+"""Whether what a trainer was given can be trained: checked when it is made, and its weights before they are saved."""
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..adapters.lora import DENOISER_PREFIXES, trained_parameters
+from ..leapalign_config import LeapAlignConfig
+from ..prompts.columns import takes_images
+from ..rewards import RewardSet, Scores, check_finite
+from ..rollout.rollout_model import RolloutModel, for_copies
+from ..rollout.run import RolloutOutput
+
+logger = logging.getLogger(__name__)
+
+
+class NothingLearnt(RuntimeError):
+    """For many updates no gradient came, though there was something to learn."""
+
+
+def check_kinds(config: Any, image_samples_hook: Any) -> None:
+    """Raise TypeError unless a trainer's arguments are of the right kind.
+
+    Args:
+        config (Any): should be a LeapAlignConfig or None.
+        image_samples_hook (Any): should be a callable or None.
+    """
+    if config is not None and not isinstance(config, LeapAlignConfig):
+        raise TypeError(
+            f"config must be a LeapAlignConfig, got {type(config).__name__}. The order of the arguments is "
+            "(pipeline, reward_function, config, prompt_function, image_samples_hook), other than DDPOTrainer's."
+        )
+    if image_samples_hook is not None and not callable(image_samples_hook):
+        raise TypeError(f"image_samples_hook must be callable, got {image_samples_hook!r}.")
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """What one rollout and its backward pass gave.
+
+    Args:
+        output (RolloutOutput): the rollout, with graph.
+        scores (Scores): of its images.
+        gradients (dict[str, dict[str, Tensor]]): of the rewards' sum, by component and by name of the parameter;
+            without those that it does not reach.
+        batch (dict[str, list]): "prompts", "metadata" and "indices" of its samples.
+    """
+
+    output: RolloutOutput
+    scores: Scores
+    gradients: dict[str, dict[str, Tensor]]
+    batch: dict[str, list]
+
+
+@torch.enable_grad()
+def dry_run(
+    model: RolloutModel,
+    rewards: RewardSet,
+    batch: dict[str, list],
+    *,
+    checkpointing: bool = False,
+    may_underflow: bool = False,
+) -> DryRun:
+    """Run one rollout and its rewards, and differentiate: whatever cannot work is found out before training.
+
+    Args:
+        model (RolloutModel): what will be trained.
+        rewards (RewardSet): what it will be trained on.
+        batch (dict[str, list]): "prompts", "metadata" and "indices" of the samples.
+        checkpointing (bool): whether activations are recomputed, and so must be what they were.
+        may_underflow (bool): whether zeros may come from float16, which training scales the loss for.
+
+    Returns:
+        DryRun: images, scores and gradients.
+
+    Raises:
+        ValueError: if the pipeline or the reward cannot be trained with.
+        RuntimeError: if no gradient reaches the denoisers, or recomputed activations differ.
+    """
+
+    def run() -> DryRun:
+        with _missing_images_named(model):
+            if checkpointing:
+                model.check_checkpointing(**batch)
+            output = model(**batch)
+        prompts, metadata = for_copies(output.images, batch["prompts"], batch["metadata"])
+        scores = rewards(output.images, prompts, metadata)
+        check_finite(scores, rewards.names, prompts)
+        check_thresholds(scores.rewards, rewards.names, rewards.thresholds)
+        denoisers = dict(model.denoisers.items())
+        gradients = check_gradients(output.images, scores.rewards, rewards.names, denoisers, may_underflow)
+        return DryRun(output, scores, gradients, batch)
+
+    return model.with_backward(run)
+
+
+@contextmanager
+def _missing_images_named(model: RolloutModel) -> Iterator[None]:
+    """Say which images a pipeline was called without, if it fails as it does for None."""
+    try:
+        yield
+    except (AttributeError, TypeError, ValueError) as error:
+        given = model.call_kwargs.keys() | model.columns.columns.keys()
+        missing = [name for name in takes_images(model.pipeline) if name not in given]
+        if not any(clue in str(error) for clue in ("None", *missing)) or not missing or not _is_foreign(error):
+            raise
+        raise ValueError(
+            f"{type(model.pipeline).__name__} failed with {type(error).__name__}: {error}. It was called without "
+            f"{', '.join(missing)}, which it takes images as. If it needs one, give the prompts a column called so, or "
+            "name the column in pipeline_columns={argument: column}."
+        ) from error
+
+
+def _is_foreign(error: Exception) -> bool:
+    """Whether an error was raised outside of this library."""
+    trace = error.__traceback__
+    while trace.tb_next is not None:
+        trace = trace.tb_next
+    return not trace.tb_frame.f_globals.get("__name__", "").startswith(__package__)
+
+
+def check_optimizer(optimizer: torch.optim.Optimizer | None, model: nn.Module) -> None:
+    """Raise ValueError if an optimizer that was passed misses a trained parameter.
+
+    Args:
+        optimizer (torch.optim.Optimizer | None): None is one that the trainer will make.
+        model (nn.Module): its parameters that require gradients are trained.
+    """
+    if optimizer is None:
+        return
+    known = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    missing = [name for name, parameter in trained_parameters(model).items() if id(parameter) not in known]
+    if missing:
+        raise ValueError(
+            f"The optimizer that was passed misses {len(missing)} trained parameters, such as {missing[0]}. Attach the "
+            "adapter to the pipeline before making the optimizer, and pass no peft_config; or leave the optimizer to "
+            "the trainer and choose it with config.optim."
+        )
+
+
+def check_evaluation(config: Any, reward_names: list[str], eval_dataset: Any) -> None:
+    """Raise ValueError if the evaluations of a training could not be made, or lack the metric that decides.
+
+    Args:
+        config (LeapAlignConfig): settings.
+        reward_names (list[str]): names of the rewards.
+        eval_dataset (PromptSource | None): prompts beside those of the settings.
+    """
+    if eval_dataset is not None and config.eval_prompts is not None:
+        raise ValueError("Prompts of evaluations come from eval_dataset or config.eval_prompts; got both.")
+    evaluates = config.eval_strategy != "no" or config.eval_on_start
+    if evaluates and eval_dataset is None and config.eval_prompts is None:
+        raise ValueError("There are no prompts for the evaluations. Pass eval_dataset, or set eval_prompts.")
+    known = ["reward", "reward_std", "runtime"]
+    known += [f"rewards/{name}" for name in reward_names] if len(reward_names) > 1 else []
+    metric = (config.metric_for_best_model or known[0]).removeprefix("eval_")
+    if metric not in known and not metric.startswith(tuple(f"rewards/{name}/" for name in reward_names)):
+        raise ValueError(
+            f"Evaluations do not report metric_for_best_model={config.metric_for_best_model!r}. Choose one of {known}, "
+            "or rewards/NAME/KEY for what a reward returns beside its rewards."
+        )
+
+
+def check_gradients(
+    images: Tensor, rewards: Tensor, names: list[str], denoisers: dict[str, nn.Module], may_underflow: bool
+) -> dict[str, dict[str, Tensor]]:
+    """Differentiate the rewards of a rollout with respect to what is trained.
+
+    Args:
+        images (Tensor): the rollout's, with graph, shape (B, ...).
+        rewards (Tensor): of these images, with graph, shape (M, B).
+        names (list[str]): of the rewards, length M.
+        denoisers (dict[str, nn.Module]): what is trained, by component name.
+        may_underflow (bool): whether zeros may come from float16, which training scales the loss for.
+
+    Returns:
+        dict[str, dict[str, Tensor]]: by component and name of the parameter, the gradients that there are.
+
+    Raises:
+        ValueError: if a reward does not depend on the images, or its gradient is zero or not finite.
+        RuntimeError: if no gradient reaches a component.
+    """
+    slopes = []
+    for name, row in zip(names, rewards, strict=True):
+        [slope] = torch.autograd.grad(row.sum(), images, retain_graph=True, allow_unused=True)
+        if slope is None:
+            raise ValueError(
+                f"The reward {name!r} does not depend on the images, so there is nothing to learn from. Compute it "
+                "from them with torch operations."
+            )
+        slopes.append(slope)
+    slope = torch.stack(slopes).sum(0)
+    trained = {name: trained_parameters(denoiser) for name, denoiser in denoisers.items()}
+    parameters = [parameter for own in trained.values() for parameter in own.values()]
+    gradients = torch.autograd.grad(images, parameters, slope, allow_unused=True)
+    found = {id(p): gradient for p, gradient in zip(parameters, gradients, strict=True) if gradient is not None}
+    if not found:
+        raise RuntimeError(
+            f"No gradient of the reward reaches the trained parameters of {list(denoisers)}. Name the components that "
+            "sample with denoisers=[...]."
+        )
+    for name, own in trained.items():
+        _check_reached(name, len(own), [key for key, parameter in own.items() if id(parameter) not in found])
+    if not all(gradient.isfinite().all() for gradient in (slope, *found.values())):
+        raise ValueError("The gradient of the reward is not finite on the untrained pipeline's images.")
+    if not may_underflow and not any(gradient.any() for gradient in found.values()):
+        where = "already at the images: is the reward constant or rounded"
+        if slope.any():
+            where = "at the trained parameters: are all pixels saturated, or is the adapter's scale 0"
+        raise ValueError(
+            f"The gradient of the reward is exactly zero, {where}? Nothing would be learnt. If that is so for the "
+            "first prompts alone, set dry_run=False."
+        )
+    return {
+        name: {key: found[id(parameter)] for key, parameter in own.items() if id(parameter) in found}
+        for name, own in trained.items()
+    }
+
+
+def _check_reached(name: str, count: int, missing: list[str]) -> None:
+    """A denoiser may rest in some rollouts, such as one of two transformers that share the steps."""
+    if len(missing) == count and not name.startswith(DENOISER_PREFIXES):
+        raise RuntimeError(f"No gradient of the reward reaches the {name}. Leave it out of denoisers.")
+    if missing:
+        logger.warning(
+            "No gradient of the reward reaches %d of %d trained parameters of the %s in the dry run, such as %s. What "
+            "takes no part in the sampling is not trained: undo what bypasses it, such as fuse_qkv_projections().",
+            *(len(missing), count, name, missing[0]),
+        )
+
+
+def check_thresholds(rewards: Tensor, names: list[str], thresholds: Sequence[float | None]) -> None:
+    """Warn if all rewards are above their threshold before training, where they have no loss.
+
+    Args:
+        rewards (Tensor): of the untrained pipeline's images, shape (M, B).
+        names (list[str]): of the rewards, length M.
+        thresholds (Sequence[float | None]): of the rewards, length M.
+    """
+    for name, row, threshold in zip(names, rewards, thresholds, strict=True):
+        if threshold is not None and (row >= threshold).all():
+            logger.warning(
+                "The rewards %r of the untrained pipeline, %s, are above their threshold of %s, where they have no "
+                "loss. The threshold is probably not on the scale of this reward.",
+                *(name, row.tolist(), threshold),
+            )
+
+
+def check_weights(model: nn.Module) -> None:
+    """Raise FloatingPointError if a trained weight is NaN or infinite.
+
+    Args:
+        model (nn.Module): its parameters that require gradients are trained.
+    """
+    broken = [name for name, value in trained_parameters(model).items() if not value.isfinite().all()]
+    if broken:
+        raise FloatingPointError(
+            f"{len(broken)} trained weights are not finite, such as {broken[0]}. The learning_rate is too high: "
+            "train again with a lower one, from the last checkpoint's adapter if you like."
+        )
