@@ -7,7 +7,7 @@ import torch
 from pipeline_cases import CASES, PipelineCase
 from pipeline_cases.laboratory import Laboratory
 
-from trl_leapalign.adapters.lora import saved_by_pipeline
+from trl_leapalign.adapters.saving import saved_by_pipeline
 from trl_leapalign.cli.check import Watched
 from trl_leapalign.methods import LeapAlign
 from trl_leapalign.rollout.pipelines import is_flow_matching, schedulers_of

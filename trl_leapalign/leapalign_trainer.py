@@ -19,8 +19,9 @@ from torch.utils.data import SequentialSampler
 from transformers import Trainer, TrainerCallback, set_seed
 from transformers.trainer_utils import HubStrategy, TrainOutput
 
-from .adapters.lora import prepare_denoisers, restored_on_error, save_trained
+from .adapters.lora import prepare_denoisers, restored_on_error
 from .adapters.model_card import write_model_card
+from .adapters.saving import save_trained
 from .evaluation.scoring import scored_batches
 from .leapalign_config import LeapAlignConfig
 from .prompts.columns import CallColumns
@@ -28,19 +29,12 @@ from .prompts.sources import PromptFunction, PromptSource, PromptStream, choose_
 from .rewards import RewardFunction, RewardSet, Scores, check_finite
 from .rewards.reward_set import check_reward_settings
 from .rollout.pipelines import check_call_arguments, load_pipeline, quiet
+from .rollout.recorder import RolloutOutput
 from .rollout.rollout_model import RolloutModel, for_copies
-from .rollout.run import RolloutOutput
 from .training.callbacks import WeightAverage
 from .training.checkpoints import last_checkpoint, load_run, save_run
-from .training.dry_run import (
-    DryRun,
-    NothingLearnt,
-    check_evaluation,
-    check_kinds,
-    check_optimizer,
-    check_weights,
-    dry_run,
-)
+from .training.dry_run import DryRun, dry_run
+from .training.guards import NothingLearnt, check_evaluation, check_kinds, check_optimizer, check_weights
 from .training.losses import below_threshold, limit_sample_gradients, reward_loss
 from .training.metrics import MetricBuffer, merge, peak_memory_gib, saturated, summarise
 

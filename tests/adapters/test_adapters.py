@@ -6,15 +6,8 @@ from pipeline_cases.images import lumina
 from torch import nn
 
 from examples.tiny import tiny_flux, tiny_sd3
-from trl_leapalign.adapters.lora import (
-    attach_lora,
-    default_lora,
-    find_denoisers,
-    lora_state_dict,
-    prepare_denoisers,
-    restored_on_error,
-    save_trained,
-)
+from trl_leapalign.adapters.lora import attach_lora, default_lora, find_denoisers, prepare_denoisers, restored_on_error
+from trl_leapalign.adapters.saving import lora_state_dict, save_trained
 
 FLUX_TARGETS = {
     *(f"transformer_blocks.0.attn.{name}" for name in ("to_q", "to_k", "to_v", "to_out.0", "to_add_out")),

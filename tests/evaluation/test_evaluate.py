@@ -24,7 +24,7 @@ from scipy import stats
 from examples.tiny import tiny_flux, tiny_tokenizer
 from tests.reward_cases import clip_model
 from tests.training_cases import blueness
-from trl_leapalign.adapters.lora import save_trained
+from trl_leapalign.adapters.saving import save_trained
 from trl_leapalign.cli.main import main
 from trl_leapalign.evaluation import (
     Evaluator,

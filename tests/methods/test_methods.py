@@ -28,7 +28,8 @@ from trl_leapalign.methods import (
 )
 from trl_leapalign.methods.flow import RECTIFIED, TRIGFLOW
 from trl_leapalign.methods.flowbp import lagrange_weights
-from trl_leapalign.rollout.run import RolloutOutput, run_rollout
+from trl_leapalign.rollout.recorder import RolloutOutput
+from trl_leapalign.rollout.run import run_rollout
 
 EXACT, SOLVER = 1e-9, 1e-7  # the solvers cast to float32
 NUM_STEPS = 6

@@ -14,7 +14,8 @@ from trl_leapalign.media import by_sample
 from trl_leapalign.methods import LeapAlign, Method, Schedule
 from trl_leapalign.rollout.pipelines import modules_of, schedulers_of
 from trl_leapalign.rollout.recompute import WRITTEN_INTO, copies_of_saved_tensors
-from trl_leapalign.rollout.run import RolloutOutput, run_rollout
+from trl_leapalign.rollout.recorder import RolloutOutput
+from trl_leapalign.rollout.run import run_rollout
 
 from .base import PipelineCase
 

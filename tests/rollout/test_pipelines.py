@@ -11,7 +11,7 @@ from rollout_cases import snapshot
 from torch import Tensor
 from training_cases import all_weights
 
-from trl_leapalign.adapters.lora import loading_lines
+from trl_leapalign.adapters.saving import loading_lines
 from trl_leapalign.methods import DRaFT, LeapAlign
 
 SUPPORTED = [case for case in CASES if not case.unsupported]

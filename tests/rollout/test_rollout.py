@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from trl_leapalign.media import by_sample
 from trl_leapalign.methods import LeapAlign
-from trl_leapalign.rollout.run import RolloutOutput, run_rollout
+from trl_leapalign.rollout.recorder import RolloutOutput
+from trl_leapalign.rollout.run import run_rollout
 
 
 def plain(pipeline: DiffusionPipeline, inputs: dict[str, Any]) -> Tensor:

@@ -10,7 +10,8 @@ from rollout_cases import Case, seeded, trained_parameters
 
 from examples.tiny import tiny_flux
 from trl_leapalign.methods import LeapAlign
-from trl_leapalign.rollout.run import RolloutOutput, run_rollout
+from trl_leapalign.rollout.recorder import RolloutOutput
+from trl_leapalign.rollout.run import run_rollout
 
 
 def rollout(pipeline: DiffusionPipeline, inputs: dict[str, Any], **settings: Any) -> RolloutOutput:

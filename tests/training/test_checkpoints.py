@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from training_cases import PROMPTS, checkpoint_tensors, logged, make_trainer, redness, same, sample, trained_weights
 
 from examples.tiny import tiny_flux, tiny_sd3
-from trl_leapalign.adapters.lora import LORA_FILE, _compare, loading_lines, save_trained
+from trl_leapalign.adapters.saving import LORA_FILE, _compare, loading_lines, save_trained
 from trl_leapalign.training.checkpoints import last_checkpoint
 
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]

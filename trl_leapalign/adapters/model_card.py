@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from .lora import loading_lines
+from .saving import loading_lines
 
 if TYPE_CHECKING:
     from ..leapalign_trainer import LeapAlignTrainer

@@ -12,7 +12,8 @@ import torch
 from diffusers import DiffusionPipeline, ModelMixin
 from torch import Tensor, nn
 
-from ..adapters.lora import enable_checkpointing, loading_lines, save_trained, trained_parameters
+from ..adapters.lora import enable_checkpointing, trained_parameters
+from ..adapters.saving import loading_lines, save_trained
 from ..leapalign_config import LeapAlignConfig
 from ..leapalign_trainer import LeapAlignTrainer
 from ..methods import DRaFT, Method, Plan, Schedule, Trajectory

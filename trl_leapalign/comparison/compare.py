@@ -30,7 +30,7 @@ from ..prompts.columns import CallColumns
 from ..ranges import Range
 from ..rewards import RewardFunction, RewardSet
 from ..rollout.pipelines import quiet, schedulers_of
-from ..training.dry_run import NothingLearnt
+from ..training.guards import NothingLearnt
 from .report import BASE, Result, write_report
 
 logger = logging.getLogger(__name__)

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from .evaluate import SETTINGS, score_path
+from .run import SETTINGS, score_path
 from .settings import read_json, shorten
 from .statistics import Estimate
 from .tables import ALL, Columns, cell, finite, group_means, read_table

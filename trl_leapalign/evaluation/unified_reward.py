@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from ..media import to_pil
-from ..rewards.inputs import check_inputs
+from ..rewards.callables import check_inputs
 from ..rewards.weights import load_image_processor, load_model, load_tokenizer
 
 logger = logging.getLogger(__name__)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..media import to_pil
 from ..ranges import Range
-from .inputs import check_inputs
+from .callables import check_inputs
 
 
 class RemoteReward:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..ranges import Range, check_bool
-from .inputs import check_inputs
+from .callables import check_inputs
 
 
 class RewardModel(nn.Module):

@@ -9,8 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..ranges import Range
 from .builtin import load_reward
-from .callables import RewardFunction, check_callable, check_rewards, name_of
-from .inputs import check_inputs
+from .callables import RewardFunction, check_callable, check_inputs, check_rewards, name_of
 from .reward_model import RewardModel, at_least_float32
 
 BRIGHTNESS_LEVELS = 256

@@ -17,7 +17,8 @@ from .base_penalty import distances_to_base
 from .calls import NO_COLUMNS, batch_calls, sample_images, solver_noise
 from .pipelines import modules_of, quiet
 from .recompute import WRITTEN_INTO, check_checkpointing, copies_of_saved_tensors
-from .run import RolloutOutput, run_rollout
+from .recorder import RolloutOutput
+from .run import run_rollout
 
 T = TypeVar("T")
 

@@ -1,42 +1,20 @@
-"""Whether what a trainer was given can be trained: checked when it is made, and its weights before they are saved."""
+"""One rollout, its rewards and their gradient before training: whatever cannot work is found out here."""
 
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..adapters.lora import DENOISER_PREFIXES, trained_parameters
-from ..leapalign_config import LeapAlignConfig
 from ..prompts.columns import takes_images
 from ..rewards import RewardSet, Scores, check_finite
+from ..rollout.recorder import RolloutOutput
 from ..rollout.rollout_model import RolloutModel, for_copies
-from ..rollout.run import RolloutOutput
 
 logger = logging.getLogger(__name__)
-
-
-class NothingLearnt(RuntimeError):
-    """For many updates no gradient came, though there was something to learn."""
-
-
-def check_kinds(config: Any, image_samples_hook: Any) -> None:
-    """Raise TypeError unless a trainer's arguments are of the right kind.
-
-    Args:
-        config (Any): should be a LeapAlignConfig or None.
-        image_samples_hook (Any): should be a callable or None.
-    """
-    if config is not None and not isinstance(config, LeapAlignConfig):
-        raise TypeError(
-            f"config must be a LeapAlignConfig, got {type(config).__name__}. The order of the arguments is "
-            "(pipeline, reward_function, config, prompt_function, image_samples_hook), other than DDPOTrainer's."
-        )
-    if image_samples_hook is not None and not callable(image_samples_hook):
-        raise TypeError(f"image_samples_hook must be callable, got {image_samples_hook!r}.")
 
 
 @dataclass(frozen=True)
@@ -124,48 +102,6 @@ def _is_foreign(error: Exception) -> bool:
     return not trace.tb_frame.f_globals.get("__name__", "").startswith(__package__)
 
 
-def check_optimizer(optimizer: torch.optim.Optimizer | None, model: nn.Module) -> None:
-    """Raise ValueError if an optimizer that was passed misses a trained parameter.
-
-    Args:
-        optimizer (torch.optim.Optimizer | None): None is one that the trainer will make.
-        model (nn.Module): its parameters that require gradients are trained.
-    """
-    if optimizer is None:
-        return
-    known = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    missing = [name for name, parameter in trained_parameters(model).items() if id(parameter) not in known]
-    if missing:
-        raise ValueError(
-            f"The optimizer that was passed misses {len(missing)} trained parameters, such as {missing[0]}. Attach the "
-            "adapter to the pipeline before making the optimizer, and pass no peft_config; or leave the optimizer to "
-            "the trainer and choose it with config.optim."
-        )
-
-
-def check_evaluation(config: Any, reward_names: list[str], eval_dataset: Any) -> None:
-    """Raise ValueError if the evaluations of a training could not be made, or lack the metric that decides.
-
-    Args:
-        config (LeapAlignConfig): settings.
-        reward_names (list[str]): names of the rewards.
-        eval_dataset (PromptSource | None): prompts beside those of the settings.
-    """
-    if eval_dataset is not None and config.eval_prompts is not None:
-        raise ValueError("Prompts of evaluations come from eval_dataset or config.eval_prompts; got both.")
-    evaluates = config.eval_strategy != "no" or config.eval_on_start
-    if evaluates and eval_dataset is None and config.eval_prompts is None:
-        raise ValueError("There are no prompts for the evaluations. Pass eval_dataset, or set eval_prompts.")
-    known = ["reward", "reward_std", "runtime"]
-    known += [f"rewards/{name}" for name in reward_names] if len(reward_names) > 1 else []
-    metric = (config.metric_for_best_model or known[0]).removeprefix("eval_")
-    if metric not in known and not metric.startswith(tuple(f"rewards/{name}/" for name in reward_names)):
-        raise ValueError(
-            f"Evaluations do not report metric_for_best_model={config.metric_for_best_model!r}. Choose one of {known}, "
-            "or rewards/NAME/KEY for what a reward returns beside its rewards."
-        )
-
-
 def check_gradients(
     images: Tensor, rewards: Tensor, names: list[str], denoisers: dict[str, nn.Module], may_underflow: bool
 ) -> dict[str, dict[str, Tensor]]:
@@ -249,17 +185,3 @@ def check_thresholds(rewards: Tensor, names: list[str], thresholds: Sequence[flo
                 "loss. The threshold is probably not on the scale of this reward.",
                 *(name, row.tolist(), threshold),
             )
-
-
-def check_weights(model: nn.Module) -> None:
-    """Raise FloatingPointError if a trained weight is NaN or infinite.
-
-    Args:
-        model (nn.Module): its parameters that require gradients are trained.
-    """
-    broken = [name for name, value in trained_parameters(model).items() if not value.isfinite().all()]
-    if broken:
-        raise FloatingPointError(
-            f"{len(broken)} trained weights are not finite, such as {broken[0]}. The learning_rate is too high: "
-            "train again with a lower one, from the last checkpoint's adapter if you like."
-        )

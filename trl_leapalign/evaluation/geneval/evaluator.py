@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ...media import to_pil
-from ...rewards.inputs import check_inputs
+from ...rewards.callables import check_inputs
 from .colors import ColorClassifier
 from .mask2former import Mask2FormerDetector
 from .metadata import parse_task

@@ -1,0 +1,150 @@
+"""Saving the trained weights so that anyone can load them, read back and compared."""
+
+import inspect
+import json
+import logging
+from pathlib import Path
+
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.loaders import PeftAdapterMixin
+from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
+from peft import LoraConfig
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, get_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from .lora import adapter_name
+
+logger = logging.getLogger(__name__)
+
+LORA_FILE = "pytorch_lora_weights.safetensors"
+
+
+def lora_state_dict(denoiser: nn.Module) -> tuple[dict[str, Tensor], dict]:
+    """Read an adapter so that it means the same everywhere: alpha equals the rank, the scale is in lora_B.
+
+    Args:
+        denoiser (nn.Module): a diffusers model with one adapter.
+
+    Returns:
+        tuple[dict[str, Tensor], dict]: weights by name, on the CPU, and the PEFT configuration that fits them.
+    """
+    adapter = adapter_name(denoiser)
+    weights = {}
+    for key, value in get_peft_model_state_dict(denoiser, adapter_name=adapter).items():
+        layer, _, kind = key.rpartition(".lora_")
+        if kind.startswith(("B.", "embedding_B")):
+            value = value * denoiser.get_submodule(layer).scaling[adapter]
+        weights[key] = value.detach().cpu().contiguous()
+    config = denoiser.peft_config[adapter].to_dict()
+    config.update(lora_alpha=config["r"], alpha_pattern=dict(config["rank_pattern"]), use_rslora=False)
+    return weights, config
+
+
+def save_trained(
+    pipeline: DiffusionPipeline, denoisers: dict[str, nn.Module], directory: str | Path, full_finetuning: bool
+) -> None:
+    """Save the trained weights in the format that diffusers loads, read them back and compare.
+
+    LoRA is written by the pipeline's own `save_lora_weights` or, if it takes none for these denoisers, into one folder
+    for each, to be loaded as `loading_lines` says; all weights by `save_pretrained` into one folder a denoiser.
+
+    Args:
+        pipeline (DiffusionPipeline): the pipeline that the denoisers belong to.
+        denoisers (dict[str, nn.Module]): unwrapped modules by component name.
+        directory (str | Path): the folder to write into.
+        full_finetuning (bool): whether all weights were trained.
+
+    Raises:
+        RuntimeError: if what is read back differs from what was trained.
+    """
+    directory = Path(directory)
+    if full_finetuning:
+        for name, denoiser in denoisers.items():
+            denoiser.save_pretrained(directory / name)
+            files = sorted((directory / name).glob("*.safetensors"))
+            saved = {key: value for file in files for key, value in load_file(file).items()}
+            _compare(saved, denoiser.state_dict(), directory / name)
+        return
+    adapters = {name: lora_state_dict(denoiser) for name, denoiser in denoisers.items()}
+    if saved_by_pipeline(pipeline, denoisers):
+        _save_with_pipeline(pipeline, adapters, directory)
+    else:
+        _save_for_modules(denoisers, adapters, directory)
+        logger.warning(
+            "%s cannot save LoRA weights for its %s. Load them with: %s",
+            *(type(pipeline).__name__, ", ".join(denoisers)),
+            "; ".join(loading_lines(pipeline, denoisers, str(directory))),
+        )
+
+
+def loading_lines(pipeline: DiffusionPipeline, denoisers: dict[str, nn.Module], source: str) -> list[str]:
+    """Write down how to load adapters that `save_trained` saved.
+
+    Args:
+        pipeline (DiffusionPipeline): the pipeline.
+        denoisers (dict[str, nn.Module]): its components that have adapters, by name.
+        source (str): the folder, or the repository that it was pushed to.
+
+    Returns:
+        list[str]: lines of Python, in which the pipeline is called so.
+    """
+    if saved_by_pipeline(pipeline, denoisers):
+        return [f'pipeline.load_lora_weights("{source}")']
+    own = [name for name, denoiser in denoisers.items() if isinstance(denoiser, PeftAdapterMixin)]
+    return [
+        *(["from peft import PeftModel"] if len(own) < len(denoisers) else []),
+        *(
+            f'pipeline.{name}.load_lora_adapter("{source}", subfolder="{name}", prefix=None, use_safetensors=True)'
+            if name in own
+            else f'PeftModel.from_pretrained(pipeline.{name}, "{source}", subfolder="{name}")'
+            for name in denoisers
+        ),
+    ]
+
+
+def saved_by_pipeline(pipeline: DiffusionPipeline, denoisers: dict[str, nn.Module]) -> bool:
+    """Whether a pipeline's own `save_lora_weights` takes the adapters of these components."""
+    parameters = inspect.signature(getattr(pipeline, "save_lora_weights", lambda: None)).parameters
+    return all(f"{name}_lora_layers" in parameters for name in denoisers)
+
+
+def _save_with_pipeline(
+    pipeline: DiffusionPipeline, adapters: dict[str, tuple[dict[str, Tensor], dict]], directory: Path
+) -> None:
+    arguments, expected = {}, {}
+    for name, (weights, config) in adapters.items():
+        arguments |= {f"{name}_lora_layers": weights, f"{name}_lora_adapter_metadata": config}
+        expected |= {f"{name}.{key}": value for key, value in weights.items()}
+    pipeline.save_lora_weights(directory, **arguments)
+    _compare(load_file(directory / LORA_FILE), expected, directory / LORA_FILE)
+
+
+def _save_for_modules(
+    denoisers: dict[str, nn.Module], adapters: dict[str, tuple[dict[str, Tensor], dict]], directory: Path
+) -> None:
+    """Save each adapter on its own, for pipelines that cannot save them together: as diffusers does, else as PEFT."""
+    for name, (weights, config) in adapters.items():
+        folder = directory / name
+        folder.mkdir(parents=True, exist_ok=True)
+        if isinstance(denoisers[name], PeftAdapterMixin):
+            file = folder / LORA_FILE
+            metadata = {"format": "pt", LORA_ADAPTER_METADATA_KEY: json.dumps(config, default=list)}
+        else:
+            file = folder / SAFETENSORS_WEIGHTS_NAME
+            weights = {f"base_model.model.{key}": value for key, value in weights.items()}
+            metadata = {"format": "pt"}
+            LoraConfig(**config).save_pretrained(folder)
+        save_file(weights, file, metadata=metadata)
+        _compare(load_file(file), weights, file)
+
+
+def _compare(saved: dict[str, Tensor], expected: dict[str, Tensor], where: Path) -> None:
+    wrong = list(saved.keys() ^ expected.keys())
+    wrong += [key for key in saved.keys() & expected.keys() if not torch.equal(saved[key], expected[key].cpu())]
+    if wrong:
+        raise RuntimeError(
+            f"{where} does not hold the weights that were trained: {len(wrong)} tensors are missing, surplus or "
+            f"different, such as {sorted(wrong)[:3]}. The disk may be full, or another process wrote there."
+        )
