@@ -20,7 +20,7 @@ from transformers import Trainer, TrainerCallback, set_seed
 from transformers.trainer_utils import HubStrategy, TrainOutput
 
 from .adapters.lora import prepare_denoisers, restored_on_error
-from .adapters.model_card import write_model_card
+from .adapters.model_card import TrainedModel, write_model_card
 from .adapters.saving import save_trained
 from .evaluation.scoring import scored_batches
 from .leapalign_config import LeapAlignConfig
@@ -496,5 +496,16 @@ class LeapAlignTrainer(Trainer):
         Args:
             **metadata: arguments of `adapters.model_card.write_model_card`, such as `license` or `tags`.
         """
-        if self.is_world_process_zero():
-            write_model_card(self, Path(self.args.output_dir), **metadata)
+        if not self.is_world_process_zero():
+            return
+        trained = TrainedModel(
+            pipeline=self.pipeline,
+            denoisers=self.denoisers,
+            full_finetuning=self.args.full_finetuning,
+            repository=self.hub_model_id or Path(self.args.output_dir).name,
+            rewards=tuple(self.rewards.names),
+            method=repr(self.rollout_model.method),
+            prompt=self.train_dataset[0]["prompt"],
+            tags=self._tag_names,
+        )
+        write_model_card(trained, Path(self.args.output_dir), **metadata)

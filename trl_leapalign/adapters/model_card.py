@@ -1,14 +1,13 @@
 """The card of trained weights on the Hub."""
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from diffusers import DiffusionPipeline
 from huggingface_hub import ModelCard, ModelCardData
+from torch import nn
 
 from .saving import loading_lines
-
-if TYPE_CHECKING:
-    from ..leapalign_trainer import LeapAlignTrainer
 
 LOAD_FULL = 'pipeline.{name} = type(pipeline.{name}).from_pretrained("{repository}", subfolder="{name}")'
 TEMPLATE = """---
@@ -30,8 +29,33 @@ image = pipeline("{{ prompt }}").images[0]
 """
 
 
+@dataclass(frozen=True)
+class TrainedModel:
+    """What the card tells of a training.
+
+    Args:
+        pipeline (DiffusionPipeline): the pipeline that was trained.
+        denoisers (dict[str, nn.Module]): its trained components by name.
+        full_finetuning (bool): whether all weights were trained rather than an adapter.
+        repository (str): id on the Hub, or name of the folder.
+        rewards (tuple[str, ...]): names of the rewards.
+        method (str): the method with its settings.
+        prompt (str): an example prompt.
+        tags (tuple[str, ...]): of the trainer.
+    """
+
+    pipeline: DiffusionPipeline
+    denoisers: dict[str, nn.Module]
+    full_finetuning: bool
+    repository: str
+    rewards: tuple[str, ...]
+    method: str
+    prompt: str
+    tags: tuple[str, ...] = ()
+
+
 def write_model_card(
-    trainer: "LeapAlignTrainer",
+    trained: TrainedModel,
     directory: Path,
     *,
     language: str | None = None,
@@ -44,7 +68,7 @@ def write_model_card(
     """Write `README.md` with what was trained from what, how to load it, and the tags that the Hub's pages go by.
 
     Args:
-        trainer (LeapAlignTrainer): the trainer of the weights.
+        trained (TrainedModel): what was trained, and how.
         directory (Path): the folder to write into.
         language (str | None): of the prompts.
         license (str | None): of the weights.
@@ -53,16 +77,16 @@ def write_model_card(
         finetuned_from (str | None): the base model; None is where the pipeline was loaded from.
         dataset (str | list[str] | None): ids of the prompts' datasets on the Hub.
     """
-    base = finetuned_from or getattr(trainer.pipeline.config, "_name_or_path", None)
+    base = finetuned_from or getattr(trained.pipeline.config, "_name_or_path", None)
     on_hub = bool(base) and not Path(base).exists()
-    repository = trainer.hub_model_id or directory.name
-    lora = not trainer.args.full_finetuning
+    repository = trained.repository
+    lora = not trained.full_finetuning
     if lora:
-        load = loading_lines(trainer.pipeline, trainer.denoisers, repository)
+        load = loading_lines(trained.pipeline, trained.denoisers, repository)
     else:
-        load = [LOAD_FULL.format(repository=repository, name=name) for name in trainer.denoisers]
+        load = [LOAD_FULL.format(repository=repository, name=name) for name in trained.denoisers]
     tags = [tags] if isinstance(tags, str) else list(tags or [])
-    tags += ["text-to-image", "diffusers", "diffusers-training", *(["lora"] if lora else []), *trainer._tag_names]
+    tags += ["text-to-image", "diffusers", "diffusers-training", *(["lora"] if lora else []), *trained.tags]
     card_data = ModelCardData(
         language=language,
         license=license,
@@ -76,10 +100,10 @@ def write_model_card(
         template_str=TEMPLATE,
         name=model_name or repository,
         kind="LoRA adapter" if lora else "Weights",
-        base=base or type(trainer.pipeline).__name__,
-        rewards=", ".join(f"`{reward}`" for reward in trainer.rewards.names),
-        method=repr(trainer.rollout_model.method),
+        base=base or type(trained.pipeline).__name__,
+        rewards=", ".join(f"`{reward}`" for reward in trained.rewards),
+        method=trained.method,
         load="\n".join(load),
-        prompt=trainer.train_dataset[0]["prompt"].replace('"', "'"),
+        prompt=trained.prompt.replace('"', "'"),
     )
     card.save(directory / "README.md")
