@@ -21,6 +21,7 @@ pipelines: .venv/ready  ## write the table of docs/pipelines.md
 lint: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 format: .venv/ready
 	$(BIN)/ruff check --fix .

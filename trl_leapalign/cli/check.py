@@ -191,11 +191,11 @@ def brightness(images: Tensor, prompts: list[str], metadata: list[dict[str, Any]
     return (images * torch.linspace(0.5, 1.0, images.shape[-1], device=images.device)).flatten(1).mean(1)
 
 
-class Watched(Method):
+class Watched(Method[Plan]):
     """A method that takes note of the sampling loops that it plans, and of the denoisers' calls in each.
 
     Args:
-        method (Method): does the work.
+        method (Method[Plan]): does the work.
     """
 
     def __init__(self, method: Method):
