@@ -1,9 +1,11 @@
 """One matrix: every pipeline of `pipeline_cases` and what must hold of it."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
+from diffusers import DiffusionPipeline
 from double_precision import double_precision
 from pipeline_cases import CASES
 from pipeline_cases.laboratory import EveryStep, Laboratory, PreciseLaboratory, make_trainer
@@ -12,7 +14,9 @@ from rollout_cases import snapshot
 from torch import Tensor
 from training_cases import all_weights
 
+from trl_leapalign.adapters.loading import load_adapter
 from trl_leapalign.adapters.saving import loading_lines
+from trl_leapalign.evaluation.generation import Generation
 from trl_leapalign.methods import DRaFT, LeapAlign
 
 SUPPORTED = [case for case in CASES if not case.unsupported]
@@ -121,6 +125,25 @@ def test_training_moves_adapters_alone_and_what_is_saved_is_what_was_trained(lab
     loaded = laboratory.plain(fresh)
     torch.testing.assert_close(loaded, images, rtol=0, atol=1e-5)
     assert not torch.allclose(loaded, untrained, rtol=0, atol=1e-4)
+    for again in (loaded_by_name(laboratory, tmp_path), evaluated(laboratory, tmp_path)):
+        for denoiser in (getattr(again, name) for name in laboratory.denoisers):
+            denoiser.eval()
+        torch.testing.assert_close(laboratory.plain(again), loaded, rtol=0, atol=1e-5)
+
+
+def loaded_by_name(laboratory: Laboratory, directory: Path) -> DiffusionPipeline:
+    """The pipeline with what `load_adapter` loads."""
+    pipeline = laboratory.build()
+    load_adapter(pipeline, directory / "adapter")
+    return pipeline
+
+
+def evaluated(laboratory: Laboratory, directory: Path) -> DiffusionPipeline:
+    """The pipeline that `evaluate(..., adapter=...)` samples with."""
+    rows = [{"prompt": "a cat"}]
+    pipeline = Generation(laboratory.build, rows, directory / "images", adapter=directory / "adapter").load()
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
 
 
 def test_gradient_checkpointing_keeps_gradients_or_is_refused(laboratory, tmp_path):

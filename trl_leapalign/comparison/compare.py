@@ -20,16 +20,16 @@ from peft import LoraConfig
 from torch import Tensor
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
-from ..evaluation.generation import weights_digest
+from ..evaluation.identity import Unidentifiable, identify, identify_pipeline
 from ..evaluation.scoring import score_pipeline
-from ..evaluation.settings import as_json, check_unchanged, read_json, write_json
+from ..evaluation.settings import as_json, check_same_pipeline, check_unchanged, read_json, write_json
 from ..leapalign_config import LeapAlignConfig
 from ..leapalign_trainer import LeapAlignTrainer
 from ..media import as_text, save_sample
 from ..prompts.columns import CallColumns
 from ..ranges import Range
 from ..rewards import RewardFunction, RewardSet
-from ..rollout.pipelines import quiet, schedulers_of
+from ..rollout.pipelines import quiet
 from ..training.guards import NothingLearnt
 from .report import BASE, Result, write_report
 
@@ -238,7 +238,7 @@ class Comparison:
         directory.mkdir(parents=True, exist_ok=True)
         made_with = self._made_with(job)
         path, settings_path = directory / "result.json", directory / "settings.json"
-        if _agreed(path.exists()):
+        if _agreed(path.exists() and not _holds_unknown(made_with)):
             check_unchanged(directory, read_json(settings_path), made_with, remedy="delete that folder")
             return Result(**read_json(path))
         result = self._measure(job, directory)
@@ -252,6 +252,7 @@ class Comparison:
         """What a result follows from, as far as JSON can hold it."""
         names = RewardSet(self.reward).names
         known = {
+            "code and weights of the judges": [_identity(judge) for judge in self.judges.functions],
             "pipeline": self.pipeline_name,
             "precision": [self.config.bf16, self.config.fp16],
             "judges": self.judges.names,
@@ -262,6 +263,9 @@ class Comparison:
             "pipeline_columns": self.config.pipeline_columns,
         }
         if job.seed is not None:
+            known |= {
+                "code and weights of the reward": [_identity(reward) for reward in RewardSet(self.reward).functions]
+            }
             known |= {"reward": names, "train_rows": _fingerprint(self.train_rows), "train_seconds": self.train_seconds}
             known |= {"peft_config": self.peft_config and self.peft_config.to_dict()}
             known |= {name: value for name, value in self.config_of(job).to_dict().items() if name != "output_dir"}
@@ -294,10 +298,9 @@ class Comparison:
         return result
 
     def _check_same_weights(self, pipeline: DiffusionPipeline) -> None:
-        """Raise ValueError if what is done was done with other weights or schedulers of the pipeline."""
-        path, found = self.output_dir / "pipeline.json", {"weights of the pipeline": weights_digest(pipeline)}
-        found |= as_json({type(each).__name__: dict(each.config) for each in schedulers_of(pipeline)})
-        check_unchanged(self.output_dir, read_json(path) or found, found, remedy="delete that folder")
+        """Raise ValueError if what is done was done with other weights or settings of the pipeline."""
+        path, found = self.output_dir / "pipeline.json", identify_pipeline(pipeline)
+        check_same_pipeline(self.output_dir, read_json(path) or found, found, remedy="delete that folder")
         if PartialState().is_main_process:
             write_json(path, found)
 
@@ -363,6 +366,21 @@ class TimeLimit(TrainerCallback):
 def _agreed(value: bool) -> bool:
     """What the main process says, in all of them."""
     return broadcast_object_list([value])[0]
+
+
+def _identity(function: RewardFunction) -> str | None:
+    """What a reward or judge is, in a word; None if that cannot be told, so that its results are not used again."""
+    try:
+        return identify(function)
+    except Unidentifiable as error:
+        logger.warning(f"{function!r} cannot be identified, so what is finished with it is done again: {error}")
+        return None
+
+
+def _holds_unknown(made_with: dict[str, Any]) -> bool:
+    return any(
+        None in made_with.get(key, ()) for key in ("code and weights of the judges", "code and weights of the reward")
+    )
 
 
 def _fingerprint(rows: Sequence[dict[str, Any]]) -> str:

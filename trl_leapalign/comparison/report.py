@@ -5,9 +5,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean, median, stdev
+from statistics import fmean, median
 from typing import Any
 
+from ..evaluation.statistics import Estimate, difference, mean_over_seeds
 from ..media import read_preview
 
 BASE = "base"
@@ -68,28 +69,6 @@ class Result:
         return fmean(self.by_group().values())
 
 
-@dataclass(frozen=True)
-class Summary:
-    """A mean over seeds.
-
-    Args:
-        mean (float): over the seeds.
-        error (float | None): its standard error; None with one seed, or without a mean.
-    """
-
-    mean: float
-    error: float | None
-
-    @classmethod
-    def of(cls, values: Sequence[float]) -> "Summary":
-        """Average values, one a seed; NaN if one is."""
-        spread = len(values) > 1 and all(map(math.isfinite, values))
-        return cls(fmean(values), stdev(values) / len(values) ** 0.5 if spread else None)
-
-    def __str__(self) -> str:
-        return f"{self.mean:.3g}" if self.error is None else f"{self.mean:.3g} ± {self.error:.2g}"
-
-
 def write_report(directory: Path, results: Sequence[Result]) -> Path:
     """Write report.md, report.json, curves.png and, if images were kept, images.png.
 
@@ -111,7 +90,7 @@ def write_report(directory: Path, results: Sequence[Result]) -> Path:
     draw_curves(by_name, directory / "curves.png")
     has_sheet = draw_sheet(by_name, directory)
     report = {
-        name: {column: vars(value) if isinstance(value, Summary) else value for column, value in row.items()}
+        name: {column: vars(value) if isinstance(value, Estimate) else value for column, value in row.items()}
         | {"p_value": tests.get(name), "settings": [result.settings for result in by_name[name]]}
         for name, row in rows.items()
     }
@@ -121,7 +100,7 @@ def write_report(directory: Path, results: Sequence[Result]) -> Path:
     return path
 
 
-def _row(results: Sequence[Result]) -> dict[str, Summary]:
+def _row(results: Sequence[Result]) -> dict[str, Estimate]:
     """Columns of a run's line in the table, each over its seeds."""
     evaluator, *others = results[0].scores
     columns = {group: [result.by_group()[group] for result in results] for group in results[0].by_group()}
@@ -133,27 +112,25 @@ def _row(results: Sequence[Result]) -> dict[str, Summary]:
     missing = [sum(not math.isfinite(value) for value in result.scores[evaluator]) for result in results]
     if any(missing):
         columns["images without score"] = missing
-    summaries = {column: Summary.of(values) for column, values in columns.items()}
+    summaries = {column: mean_over_seeds(values) for column, values in columns.items()}
     if not any(result.history for result in results):
         return summaries
     rates = [result.settings.get("learning_rate") for result in results]
     if None not in rates:
-        summaries["learning rate"] = Summary(rates[0], None)
+        summaries["learning rate"] = mean_over_seeds(rates[:1])
     trained = {
         "updates": [result.updates for result in results],
         "seconds": [result.seconds[-1] if result.history else math.nan for result in results],
         "gradient norm": [result.gradient_norm for result in results],
     }
-    return summaries | {column: Summary.of(values) for column, values in trained.items()}
+    return summaries | {column: mean_over_seeds(values) for column, values in trained.items()}
 
 
 def _significance(overall: dict[str, list[float]]) -> dict[str, float]:
     """Welch's test of each run against the first one, over seeds: two-sided p-values by name, corrected after Holm."""
-    from scipy import stats
-
     first, *others = [name for name in overall if name != BASE]
     values = {
-        name: float(stats.ttest_ind(overall[name], overall[first], equal_var=False).pvalue)
+        name: difference(mean_over_seeds(overall[name]), mean_over_seeds(overall[first])).p_value
         for name in others
         if len(overall[name]) > 1 and len({*overall[name], *overall[first]}) > 2
     }
@@ -164,7 +141,7 @@ def _significance(overall: dict[str, list[float]]) -> dict[str, float]:
     return corrected
 
 
-def _markdown(rows: dict[str, dict[str, Summary]], tests: dict[str, float], has_sheet: bool) -> str:
+def _markdown(rows: dict[str, dict[str, Estimate]], tests: dict[str, float], has_sheet: bool) -> str:
     columns = list(dict.fromkeys(column for row in rows.values() for column in row))
     lines = ["| run | " + " | ".join(columns) + " | against the first |", "|---|" + "---:|" * len(columns) + "---|"]
     for name, row in rows.items():

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from .geneval.evaluator import GenEval
     from .geneval.mask2former import Mask2FormerDetector
     from .geneval.metadata import GenEvalTask, parse_task, read_geneval
-    from .geneval.rules import Accuracy, Detection, GenEvalRules, GenEvalSummary, Verdict, summarize_geneval
+    from .geneval.rules import Detection, GenEvalRules, GenEvalSummary, Verdict, summarize_geneval
     from .paired import ComparedScore, PairedComparison, compare_evaluations
     from .run import Evaluation, evaluate
     from .statistics import Estimate
@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from .unified_reward import UnifiedReward
 
 _MODULES = {
-    "Accuracy": "geneval.rules",
     "ColorClassifier": "geneval.colors",
     "ComparedScore": "paired",
     "Detection": "geneval.rules",

@@ -2,15 +2,23 @@
 
 import difflib
 import inspect
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
+from pathlib import Path
 from typing import Any, TypeAlias
 
 from ..rewards import REWARDS, RewardFunction, RewardSet
 from .geneval.evaluator import GenEval
 from .geneval.metadata import parse_task
+from .identity import Unidentifiable, identify, identify_files
 from .unified_reward import ALIGNMENT_PROMPT, IMAGE_QUALITY_PROMPT, UnifiedReward
+
+logger = logging.getLogger(__name__)
+
+IDENTITY = "code, settings and weights"
+"""Where `Evaluator.made_with` says what a callable is."""
 
 UNIFIED_REWARD = partial(UnifiedReward.from_pretrained, source="CodeGoat24/UnifiedReward-qwen-7b")
 
@@ -32,6 +40,8 @@ class Evaluator:
         load (Callable[[], RewardFunction]): returns it: `evaluator(images, prompts, metadata)`.
         settings (Mapping[str, Any]): what its scores depend on, kept beside them.
         is_geneval (bool): whether the score is GenEval's, the mean over its tags, for which rows need its metadata.
+        function (RewardFunction | None): what `load` returns, if it is there already; its code, settings and weights
+            are then a part of what its scores depend on.
 
     Raises:
         ValueError: if the name cannot be that of a file.
@@ -41,15 +51,35 @@ class Evaluator:
     load: Callable[[], RewardFunction]
     settings: Mapping[str, Any] = field(default_factory=dict)
     is_geneval: bool = False
+    function: RewardFunction | None = None
 
     def __post_init__(self):
         if not self.name or self.name.startswith(".") or any(sign in self.name for sign in '/\\:*?"<>|'):
             raise ValueError(f"The evaluator's name {self.name!r} must be one that a file can have.")
 
-    @property
+    @cached_property
     def made_with(self) -> dict[str, Any]:
-        """What the scores depend on, beside the images."""
-        return {**self.settings, "is_geneval": self.is_geneval}
+        """What the scores depend on, beside the images: settings, local files, and the identity of a callable."""
+        files = {f"{key} files": identify_files(value) for key, value in self.settings.items() if _is_path(value)}
+        return {**self.settings, **files, "is_geneval": self.is_geneval, IDENTITY: self._identity}
+
+    @property
+    def _identity(self) -> str | None:
+        if self.function is None:
+            return self.name
+        try:
+            return identify(self.function)
+        except Unidentifiable as error:
+            logger.warning(
+                f"The evaluator {self.name!r} cannot be identified, so finished scores of it are never used again: "
+                f"{error} Name it and give its settings with Evaluator(name, load, settings)."
+            )
+            return None
+
+    @property
+    def reusable(self) -> bool:
+        """Whether finished scores may be used again."""
+        return self.made_with[IDENTITY] is not None
 
     def check_rows(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Raise ValueError if the prompts lack what the evaluator needs to know of them.
@@ -59,6 +89,10 @@ class Evaluator:
         """
         for index, row in enumerate(rows if self.is_geneval else ()):
             parse_task(row, f"{self.name} cannot judge these prompts: row {index}")
+
+
+def _is_path(value: Any) -> bool:
+    return isinstance(value, (str, Path)) and Path(value).exists()
 
 
 EvaluatorSource: TypeAlias = str | RewardFunction | Evaluator
@@ -157,4 +191,4 @@ def callable_evaluator(function: RewardFunction, name: str | None = None) -> Eva
     own = RewardSet([function]).names[0]
     kind = function if inspect.isroutine(function) else type(function)
     settings = {"evaluator": f"{kind.__module__}:{kind.__qualname__}"}
-    return Evaluator(name or own, lambda: function, settings, isinstance(function, GenEval))
+    return Evaluator(name or own, lambda: function, settings, isinstance(function, GenEval), function)
