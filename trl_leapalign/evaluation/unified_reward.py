@@ -95,8 +95,8 @@ class UnifiedReward(nn.Module):
             )
         if tokenizer.chat_template is None and model.config.model_type not in _CHAT_MODELS:
             raise ValueError(
-                f"The tokenizer of this {model.config.model_type} model has no chat template, so its conversation is not "
-                "known. Load the tokenizer from the model's own folder, with its chat_template.jinja."
+                f"The tokenizer of this {model.config.model_type} model has no chat template, so its conversation is "
+                "not known. Load the tokenizer from the model's own folder, with its chat_template.jinja."
             )
         self.model = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
