@@ -7,6 +7,7 @@ from torch import nn
 
 from ..adapters.lora import trained_parameters
 from ..leapalign_config import LeapAlignConfig
+from .optimizers import has_modes
 
 
 class NothingLearnt(RuntimeError):
@@ -29,15 +30,21 @@ def check_kinds(config: Any, image_samples_hook: Any) -> None:
         raise TypeError(f"image_samples_hook must be callable, got {image_samples_hook!r}.")
 
 
-def check_optimizer(optimizer: torch.optim.Optimizer | None, model: nn.Module) -> None:
-    """Raise ValueError if an optimizer that was passed misses a trained parameter.
+def check_optimizer(optimizer: torch.optim.Optimizer | None, model: nn.Module, ema_decay: float | None = None) -> None:
+    """Raise ValueError if an optimizer that was passed misses a trained parameter, or averages weights that are too.
 
     Args:
         optimizer (torch.optim.Optimizer | None): None is one that the trainer will make.
         model (nn.Module): its parameters that require gradients are trained.
+        ema_decay (float | None): of a moving average of the weights.
     """
     if optimizer is None:
         return
+    if ema_decay is not None and has_modes(optimizer):
+        raise ValueError(
+            f"{type(optimizer).__name__} has weights of its own for evaluation (its eval mode), so ema_decay="
+            f"{ema_decay} would average those of training, which are not meant to be used. Set ema_decay=None."
+        )
     known = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     missing = [name for name, parameter in trained_parameters(model).items() if id(parameter) not in known]
     if missing:
