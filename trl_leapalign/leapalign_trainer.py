@@ -25,7 +25,16 @@ from .evaluation.scoring import scored_batches
 from .leapalign_config import LeapAlignConfig
 from .media import on_cpu
 from .prompts.columns import CallColumns
-from .prompts.sources import PromptFunction, PromptSource, PromptStream, choose_prompts, collate, load_prompts
+from .prompts.sources import (
+    PromptFunction,
+    PromptSource,
+    PromptStream,
+    check_picklable,
+    check_stateless,
+    choose_prompts,
+    collate,
+    load_prompts,
+)
 from .rewards import RewardFunction, RewardSet, Scores, check_finite
 from .rewards.reward_set import check_reward_settings
 from .rollout.pipelines import check_call_arguments, load_pipeline, quiet
@@ -41,7 +50,16 @@ from .training.checkpoints import (
     seal_checkpoint,
 )
 from .training.dry_run import DryRun, dry_run
-from .training.guards import NothingLearnt, check_evaluation, check_kinds, check_optimizer, check_weights
+from .training.guards import (
+    NothingLearnt,
+    check_best_model,
+    check_evaluation,
+    check_kinds,
+    check_optimizer,
+    check_optimizer_settings,
+    check_output_dir,
+    check_weights,
+)
 from .training.losses import below_threshold, limit_sample_gradients, reward_loss
 from .training.metrics import MetricBuffer, merge, peak_memory_gib, saturated, summarise
 from .training.optimizers import EndInEvaluationMode, evaluation_mode, has_modes
@@ -103,6 +121,7 @@ class LeapAlignTrainer(Trainer):
     ):
         check_kinds(config, image_samples_hook)
         config = copy.copy(config) if config is not None else LeapAlignConfig()
+        check_output_dir(config)
         set_seed(config.seed)
         check_reward_settings(reward_function, config.reward_weights, config.reward_threshold)
         self.pipeline = load_pipeline(pipeline, config.device, config.model_init_kwargs)
@@ -120,6 +139,7 @@ class LeapAlignTrainer(Trainer):
         eval_rows = load_prompts(eval_source, config.prompt_column, split="test") if eval_source is not None else None
         self.columns = self._find_columns(config, eval_rows)
         config.max_steps = config.count_updates(None if callable(self.prompt_source) else len(self.prompt_source))
+        check_best_model(config)
         # Trainer would copy the denoisers to all devices of the process, but the rollout runs the pipeline's own.
         config._n_gpu = min(config.n_gpu, 1)
         self.weight_average: WeightAverage | None = None
@@ -160,6 +180,7 @@ class LeapAlignTrainer(Trainer):
             self._refuse_sharding()
             check_optimizer(self.optimizer, self.rollout_model, config.ema_decay)
             self._given_optimizer = self.optimizer
+            check_optimizer_settings(self)
             self.pipeline.to(config.device)
             self.callback_handler.callbacks.insert(0, EndInEvaluationMode())
             if config.ema_decay is not None:
@@ -432,7 +453,10 @@ class LeapAlignTrainer(Trainer):
         """Which columns go into the pipeline's call, checked on all prompts that are there."""
         rows: Any = self.prompt_source
         if callable(rows):
+            check_stateless(rows, config.seed)
             rows = [PromptStream(rows, 1, config.prompt_seed)[0]["metadata"]]
+        if config.dataloader_num_workers > 0 and isinstance(rows, list):
+            check_picklable(rows)
         options = (config.pipeline_columns, rows, config.call_kwargs(), config.prompt_column)
         columns = CallColumns.of(self.pipeline, *options)
         if eval_rows is not None:

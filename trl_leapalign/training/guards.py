@@ -1,9 +1,12 @@
 """What stops a training that cannot work: wrong kinds, another optimizer, missing metrics, broken weights."""
 
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from transformers import Trainer
 
 from ..adapters.lora import trained_parameters
 from ..leapalign_config import LeapAlignConfig
@@ -76,6 +79,71 @@ def check_evaluation(config: Any, reward_names: list[str], eval_dataset: Any) ->
             f"Evaluations do not report metric_for_best_model={config.metric_for_best_model!r}. Choose one of {known}, "
             "or rewards/NAME/KEY for what a reward returns beside its rewards."
         )
+
+
+def check_output_dir(config: LeapAlignConfig) -> None:
+    """Raise ValueError if checkpoints could not be written. Leaves nothing behind.
+
+    Args:
+        config (LeapAlignConfig): settings.
+    """
+    if not config.should_save:
+        return
+    folder = Path(config.output_dir).absolute()
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"output_dir={config.output_dir!r} cannot be written ({error.strerror}), so that every checkpoint would "
+            "fail. Choose a folder in which you may create files."
+        ) from error
+
+
+def check_best_model(config: LeapAlignConfig) -> None:
+    """Raise ValueError if the best model is to be loaded, but the training ends before the first evaluation.
+
+    Args:
+        config (LeapAlignConfig): settings, with the number of updates.
+    """
+    if not config.load_best_model_at_end or config.eval_on_start:
+        return
+    steps = config.eval_steps if config.eval_steps >= 1 else config.eval_steps * config.max_steps
+    if config.save_strategy != "no" and max(steps, config.eval_delay) > config.max_steps:
+        raise ValueError(
+            f"load_best_model_at_end=True compares evaluations, but none is made: eval_steps={config.eval_steps} and "
+            f"eval_delay={config.eval_delay} of max_steps={config.max_steps} updates. Evaluate earlier."
+        )
+
+
+def check_optimizer_settings(trainer: Trainer) -> None:
+    """Raise ValueError if the optimizer of the settings, or its learning rate schedule, cannot be made.
+
+    Args:
+        trainer (Trainer): it is left without either, as it was.
+    """
+    config = trainer.args
+    if (
+        trainer.optimizer is not None
+        or trainer.is_fsdp_enabled
+        or "lomo" in config.optim
+        or "layerwise" in config.optim
+    ):
+        return  # these two put hooks on the parameters
+    try:
+        trainer.create_optimizer_and_scheduler(config.max_steps)
+    except (ValueError, TypeError, KeyError, ImportError) as error:
+        names = ("optim", "optim_args", "lr_scheduler_type", "lr_scheduler_kwargs")
+        given = ((name, getattr(config, name)) for name in names)
+        settings = ", ".join(f"{name}={getattr(value, 'value', value)!r}" for name, value in given)
+        raise ValueError(
+            f"The optimizer and the learning rate schedule of {settings} cannot be made: {error}. Correct or leave out "
+            "the setting that this is about, or install what is missing."
+        ) from error
+    finally:
+        trainer.optimizer = trainer.lr_scheduler = None
 
 
 def check_weights(model: nn.Module) -> None:
