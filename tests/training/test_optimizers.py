@@ -85,7 +85,7 @@ def test_a_resumed_training_with_modes_equals_one_never_stopped(tmp_path):
 
 
 def test_the_best_model_is_that_of_the_eval_mode(tmp_path):
-    settings = {"eval_strategy": "steps", "eval_steps": 1, "load_best_model_at_end": True, "greater_is_better": False}
+    settings = {"eval_strategy": "steps", "eval_steps": 1, "load_best_model_at_end": True, "greater_is_better": True}
     trainer, optimizer = trainer_with_modes(tmp_path, max_steps=3, **settings)
     trainer.train()
     best = trainer.state.best_model_checkpoint
