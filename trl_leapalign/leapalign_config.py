@@ -40,6 +40,10 @@ NUMBERS = {
     "num_train_epochs": Range(0, excluded=True),
     "seed": Range(0, whole=True),
     "data_seed": Range(0, whole=True),
+    **dict.fromkeys(("adam_beta1", "adam_beta2"), Range(0, 1, high_excluded=True)),
+    **dict.fromkeys(("adam_epsilon", "warmup_steps", "eval_delay"), Range(0)),
+    "dataloader_num_workers": Range(0, whole=True),
+    **dict.fromkeys(("save_total_limit", "dataloader_prefetch_factor"), Range(1, whole=True)),
     "sample_guidance_scale": Range(),
     "ema_decay": Range(0, 1, excluded=True),
     "base_penalty": Range(0, excluded=True),
@@ -378,6 +382,20 @@ class LeapAlignConfig(TrainingArguments):
         for name, allowed in NUMBERS.items():
             if getattr(self, name) is not None or defaults[name] is not None:
                 allowed.check(name, getattr(self, name))
+        for name in ("logging", "save", "eval"):
+            steps = getattr(self, f"{name}_steps")
+            if steps is not None and steps not in Range(0, excluded=True):
+                raise ValueError(f"{name}_steps={steps!r} must be above 0 and finite. For none: {name}_strategy='no'.")
+        if self.load_best_model_at_end and self.eval_strategy == "no":
+            raise ValueError(
+                "load_best_model_at_end=True compares evaluations, but eval_strategy='no' makes none. Set "
+                "eval_strategy='steps' and eval_steps, or load_best_model_at_end=False."
+            )
+        if self.ema_decay is not None and str(self.optim).rpartition(".")[-1].lower().startswith("schedule_free"):
+            raise ValueError(
+                f"optim={self.optim!r} averages the weights itself, so ema_decay={self.ema_decay} would average them "
+                "twice. Set ema_decay=None, or choose another optim."
+            )
         if self.max_steps != -1:
             Range(1, whole=True).check("max_steps", self.max_steps)
         for name in ("full_finetuning", "dry_run"):

@@ -4,7 +4,6 @@ import copy
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import is_dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -24,21 +23,50 @@ from .adapters.model_card import TrainedModel, write_model_card
 from .adapters.saving import save_trained
 from .evaluation.scoring import scored_batches
 from .leapalign_config import LeapAlignConfig
+from .media import on_cpu
 from .prompts.columns import CallColumns
-from .prompts.sources import PromptFunction, PromptSource, PromptStream, choose_prompts, collate, load_prompts
+from .prompts.sources import (
+    PromptFunction,
+    PromptSource,
+    PromptStream,
+    check_picklable,
+    check_stateless,
+    choose_prompts,
+    collate,
+    load_prompts,
+)
 from .rewards import RewardFunction, RewardSet, Scores, check_finite
 from .rewards.reward_set import check_reward_settings
 from .rollout.pipelines import check_call_arguments, load_pipeline, quiet
 from .rollout.recorder import RolloutOutput
 from .rollout.rollout_model import RolloutModel, for_copies
 from .training.callbacks import WeightAverage
-from .training.checkpoints import last_checkpoint, load_run, save_run
+from .training.checkpoints import (
+    begin_checkpoint,
+    load_parameters,
+    only_writing,
+    rotate_checkpoints,
+    save_run,
+    seal_checkpoint,
+)
 from .training.dry_run import DryRun, dry_run
-from .training.guards import NothingLearnt, check_evaluation, check_kinds, check_optimizer, check_weights
+from .training.guards import (
+    NothingLearnt,
+    check_best_model,
+    check_evaluation,
+    check_kinds,
+    check_optimizer,
+    check_optimizer_settings,
+    check_output_dir,
+    check_weights,
+)
 from .training.losses import below_threshold, limit_sample_gradients, reward_loss
 from .training.metrics import MetricBuffer, merge, peak_memory_gib, saturated, summarise
+from .training.optimizers import EndInEvaluationMode, evaluation_mode, has_modes
+from .training.resuming import base_weights, choose_checkpoint, describe_run, load_run
 
 MOST_IDLE_UPDATES = 10
+MOST_SHOWN = 64
 
 
 ImageSamplesHook = Callable[[list[tuple], int, GeneralTracker | None], None]
@@ -59,8 +87,9 @@ class LeapAlignTrainer(Trainer):
         config (LeapAlignConfig | None): settings.
         prompt_function (PromptFunction | None): returns a prompt and its metadata; in place of a dataset.
         image_samples_hook (ImageSamplesHook | None): called as `hook(image_data, global_step, tracker)` when training
-            logs and after an evaluation; `image_data` is a list of (images, prompts, metadata, rewards, details), and
-            `tracker` the Accelerate tracker of the first entry of `config.report_to`, or None.
+            logs and after an evaluation; `image_data` is a list of (images, prompts, metadata, rewards, details) on
+            the CPU, with the last batch of training or the first 64 or so images of an evaluation, and `tracker` the
+            Accelerate tracker of the first entry of `config.report_to`, or None.
         train_dataset (PromptSource | None): prompts to train on; its other columns are the metadata.
         eval_dataset (PromptSource | None): prompts of `evaluate()`.
         peft_config (LoraConfig | None): the adapter; None is a LoRA of rank 32 on the linear layers of all blocks, or
@@ -92,6 +121,7 @@ class LeapAlignTrainer(Trainer):
     ):
         check_kinds(config, image_samples_hook)
         config = copy.copy(config) if config is not None else LeapAlignConfig()
+        check_output_dir(config)
         set_seed(config.seed)
         check_reward_settings(reward_function, config.reward_weights, config.reward_threshold)
         self.pipeline = load_pipeline(pipeline, config.device, config.model_init_kwargs)
@@ -109,10 +139,11 @@ class LeapAlignTrainer(Trainer):
         eval_rows = load_prompts(eval_source, config.prompt_column, split="test") if eval_source is not None else None
         self.columns = self._find_columns(config, eval_rows)
         config.max_steps = config.count_updates(None if callable(self.prompt_source) else len(self.prompt_source))
+        check_best_model(config)
         # Trainer would copy the denoisers to all devices of the process, but the rollout runs the pipeline's own.
         config._n_gpu = min(config.n_gpu, 1)
         self.weight_average: WeightAverage | None = None
-        self._reset_metrics()
+        self._reset_metrics(config)
         with restored_on_error(self.pipeline):
             denoisers = prepare_denoisers(
                 self.pipeline,
@@ -147,8 +178,11 @@ class LeapAlignTrainer(Trainer):
                 optimizers=optimizers,
             )
             self._refuse_sharding()
-            check_optimizer(self.optimizer, self.rollout_model)
+            check_optimizer(self.optimizer, self.rollout_model, config.ema_decay)
+            self._given_optimizer = self.optimizer
+            check_optimizer_settings(self)
             self.pipeline.to(config.device)
+            self.callback_handler.callbacks.insert(0, EndInEvaluationMode())
             if config.ema_decay is not None:
                 self.weight_average = WeightAverage(self.rollout_model, config.ema_decay)
                 self.callback_handler.callbacks.insert(0, self.weight_average)
@@ -199,7 +233,8 @@ class LeapAlignTrainer(Trainer):
         if output.penalty is not None:
             loss = loss + self.args.base_penalty * output.penalty.mean()
         self._record(output, scores, loss)
-        self._last_samples = (output.images.detach(), prompts, metadata, scores.total, scores.details)
+        if self.image_samples_hook is not None and self.is_world_process_zero():
+            self._last_samples = on_cpu((output.images, prompts, metadata, scores.total, scores.details))
         return (loss, output) if return_outputs else loss
 
     def _record(self, output: RolloutOutput, scores: Scores, loss: Tensor) -> None:
@@ -264,8 +299,9 @@ class LeapAlignTrainer(Trainer):
         if not callable(self.prompt_source):
             self.state.epoch = self.state.global_step * self.args.samples_per_update / len(self.prompt_source)
         super().log(logs, start_time)
-        if training:
+        if training and self._last_samples is not None:
             self._show([self._last_samples])
+            self._last_samples = None
 
     def _show(self, image_data: list[tuple]) -> None:
         if self.image_samples_hook is not None and self.is_world_process_zero():
@@ -302,8 +338,8 @@ class LeapAlignTrainer(Trainer):
         """Train; the pipeline carries the trained weights afterwards.
 
         Args:
-            resume_from_checkpoint (str | bool | None): a checkpoint-... folder, or True for the last one of
-                `output_dir`: goes on as if training had never stopped.
+            resume_from_checkpoint (str | bool | None): a checkpoint-... folder, or True for the last whole one of
+                `output_dir`: goes on as if training had never stopped. None is that of the config, False none.
             trial (Any): of a hyperparameter search, for Trainer.
             ignore_keys_for_eval (list[str] | None): unused, for Trainer.
 
@@ -314,16 +350,18 @@ class LeapAlignTrainer(Trainer):
             FloatingPointError: if loss or gradient are not finite, when the weights are those of the update before, or
                 the weights themselves.
             NothingLearnt: if no gradient came for many updates.
+            ValueError: if the checkpoint is not whole, or of a training with other settings.
         """
-        self._reset_metrics()
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = last_checkpoint(self.args.output_dir)
-        output = super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+        self._reset_metrics(self.args)
+        self.__dict__.pop("_run", None)
+        asked = self.args.resume_from_checkpoint if resume_from_checkpoint is None else resume_from_checkpoint
+        checkpoint = choose_checkpoint(asked, self.args)
+        output = super().train(checkpoint, trial, ignore_keys_for_eval)
         check_weights(self.rollout_model)
         return output
 
-    def _reset_metrics(self) -> None:
-        self._metrics = MetricBuffer()
+    def _reset_metrics(self, config: LeapAlignConfig) -> None:
+        self._metrics = MetricBuffer(config.gradient_accumulation_steps if config.logging_strategy == "no" else None)
         self._last_samples: tuple | None = None
         self._last_log = time.perf_counter()
         self._idle_updates = 0
@@ -359,6 +397,7 @@ class LeapAlignTrainer(Trainer):
         check_weights(self.rollout_model)
         start = time.perf_counter()
         batches, columns = [], []
+        shows = self.image_samples_hook is not None and self.is_world_process_zero()
         with self._averaged(), quiet(self.pipeline), self.accelerator.autocast():
             for batch in scored_batches(
                 self.pipeline,
@@ -375,9 +414,9 @@ class LeapAlignTrainer(Trainer):
                 check_finite(scores, self.rewards.names, batch.prompts)
                 values = {"reward": scores.total, **scores.metrics}
                 columns.append({name: value.float().reshape(-1).tolist() for name, value in values.items()})
-                if self.image_samples_hook is not None:
-                    shown = (batch.images.cpu(), batch.prompts, batch.metadata, scores.total.cpu(), scores.details)
-                    batches.append(shown)
+                if shows and sum(len(images) for images, *_ in batches) < MOST_SHOWN:
+                    shown = (batch.images, batch.prompts, batch.metadata, scores.total, scores.details)
+                    batches.append(on_cpu(shown))
         means = summarise(merge(gather_object(columns)))
         logs = {f"{metric_key_prefix}_{name}": value for name, value in means.items()}
         logs[f"{metric_key_prefix}_runtime"] = seconds = time.perf_counter() - start
@@ -396,7 +435,9 @@ class LeapAlignTrainer(Trainer):
         raise NotImplementedError("There are no labels to predict. Call evaluate(prompts), or trainer.pipeline(...).")
 
     def _averaged(self) -> AbstractContextManager:
-        return nullcontext() if self.weight_average is None else self.weight_average.applied()
+        if self.weight_average is not None:
+            return self.weight_average.applied()
+        return evaluation_mode(self.optimizer, self.rollout_model.parameters()) if self.is_in_train else nullcontext()
 
     # Checks before training
 
@@ -412,7 +453,10 @@ class LeapAlignTrainer(Trainer):
         """Which columns go into the pipeline's call, checked on all prompts that are there."""
         rows: Any = self.prompt_source
         if callable(rows):
+            check_stateless(rows, config.seed)
             rows = [PromptStream(rows, 1, config.prompt_seed)[0]["metadata"]]
+        if config.dataloader_num_workers > 0 and isinstance(rows, list):
+            check_picklable(rows)
         options = (config.pipeline_columns, rows, config.call_kwargs(), config.prompt_column)
         columns = CallColumns.of(self.pipeline, *options)
         if eval_rows is not None:
@@ -443,20 +487,31 @@ class LeapAlignTrainer(Trainer):
 
     # Saving
 
-    @property
+    @cached_property
+    def _base_weights(self) -> dict[str, str]:
+        return base_weights(self.pipeline)
+
+    @cached_property
     def _run(self) -> dict[str, Any]:
-        """What must stay when training is resumed: it decides noise and steps, or a checkpoint brings it itself."""
-        method = self.rollout_model.method
-        return {
-            "method": repr(method) if is_dataclass(method) else type(method).__qualname__,
-            "sample_num_steps": self.args.sample_num_steps,
-            "learning_rate": self.args.learning_rate,
-            "seed": self.args.seed,
-            "data_seed": self.train_dataset.seed,
-            "samples_per_update": self.args.samples_per_update,
-            "draw_group_size": self.rollout_model.draw_group_size,
-            "ema_decay": self.args.ema_decay,
-        }
+        parts = (self.args, self.rollout_model, self.rewards, self.train_dataset, self._base_weights)
+        return describe_run(*parts, self._given_optimizer)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        check_weights(self.rollout_model)
+        folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+        if self.args.should_save:
+            begin_checkpoint(folder)
+        self.accelerator.wait_for_everyone()
+        with only_writing(self.args):
+            super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            seal_checkpoint(folder)
+        self.accelerator.wait_for_everyone()
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(folder))
+        if self.args.should_save:
+            rotate_checkpoints(folder.parent, self.args.save_total_limit, self.state.best_model_checkpoint)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         if not self.args.should_save:
@@ -469,7 +524,7 @@ class LeapAlignTrainer(Trainer):
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if self.args.should_save:
-            save_run(output_dir, self.rollout_model, self._run)
+            save_run(output_dir, self.rollout_model, {**self._run, "updates": self.state.global_step})
             if self.weight_average is not None:
                 self.weight_average.save(output_dir)
         super()._save_optimizer_and_scheduler(output_dir)
@@ -479,8 +534,19 @@ class LeapAlignTrainer(Trainer):
         if self.weight_average is not None:
             self.weight_average.load(resume_from_checkpoint)
 
+    def _init_training_state(self, max_steps: int, *arguments: Any) -> tuple[int, int]:
+        position = super()._init_training_state(max_steps, *arguments)
+        self.state.compute_steps(self.args, max_steps)  # the checkpoint's logging_steps and the like do not count
+        return position
+
     def _load_best_model(self) -> None:
-        self._load_from_checkpoint(self.state.best_model_checkpoint)
+        self.accelerator.wait_for_everyone()
+        best = choose_checkpoint(self.state.best_model_checkpoint, self.args)
+        load_parameters(best, self.rollout_model)
+        if self.weight_average is not None:
+            self.weight_average.load(best)
+        if has_modes(self.optimizer):
+            self._load_optimizer_and_scheduler(best)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         pushing = getattr(self, "push_in_progress", None)

@@ -283,3 +283,12 @@ def as_text(value: Any) -> str:
         array = np.ascontiguousarray(value.detach().cpu().numpy() if isinstance(value, Tensor) else value)
         return f"array {array.dtype} {array.shape} {hashlib.sha256(array.tobytes()).hexdigest()}"
     return str(value)
+
+
+def on_cpu(value: Any) -> Any:
+    """Copy the tensors in nested tuples, lists and dicts to the CPU, without their graph; all else is as it was."""
+    if isinstance(value, Tensor):
+        return value.detach().cpu()
+    if isinstance(value, dict):
+        return {key: on_cpu(each) for key, each in value.items()}
+    return type(value)(map(on_cpu, value)) if type(value) in (tuple, list) else value

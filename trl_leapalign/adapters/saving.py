@@ -3,6 +3,7 @@
 import inspect
 import json
 import logging
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -11,6 +12,7 @@ from diffusers.loaders import PeftAdapterMixin
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from peft import LoraConfig
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, get_peft_model_state_dict
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -64,9 +66,7 @@ def save_trained(
     if full_finetuning:
         for name, denoiser in denoisers.items():
             denoiser.save_pretrained(directory / name)
-            files = sorted((directory / name).glob("*.safetensors"))
-            saved = {key: value for file in files for key, value in load_file(file).items()}
-            _compare(saved, denoiser.state_dict(), directory / name)
+            _compare(_SavedTensors(directory / name), denoiser.state_dict(), directory / name)
         return
     adapters = {name: lora_state_dict(denoiser) for name, denoiser in denoisers.items()}
     if saved_by_pipeline(pipeline, denoisers):
@@ -153,7 +153,27 @@ def _save_for_modules(
         _compare(load_file(file), weights, file)
 
 
-def _compare(saved: dict[str, Tensor], expected: dict[str, Tensor], where: Path) -> None:
+class _SavedTensors(Mapping):
+    """The tensors of a folder's safetensors files, read one at a time when they are asked for."""
+
+    def __init__(self, folder: Path):
+        self.files: dict[str, Path] = {}
+        for path in sorted(folder.glob("*.safetensors")):
+            with safe_open(path, "pt") as file:
+                self.files |= dict.fromkeys(file.keys(), path)
+
+    def __getitem__(self, name: str) -> Tensor:
+        with safe_open(self.files[name], "pt") as file:
+            return file.get_tensor(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.files)
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+
+def _compare(saved: Mapping[str, Tensor], expected: dict[str, Tensor], where: Path) -> None:
     wrong = list(saved.keys() ^ expected.keys())
     wrong += [key for key in saved.keys() & expected.keys() if not torch.equal(saved[key], expected[key].cpu())]
     if wrong:

@@ -1,6 +1,6 @@
 """Prompts from a list, a file, a Hub id, a Dataset or a function, and the endless stream that training reads."""
 
-import random
+import pickle
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -10,9 +10,9 @@ import datasets
 import numpy as np
 import torch
 from datasets.exceptions import DatasetGenerationError
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, get_worker_info
 
-from .seeds import Purpose, derive_seed
+from .seeds import Purpose, derive_seed, seeded
 
 PromptFunction: TypeAlias = Callable[[], tuple[str, dict[str, Any]]]
 PromptSource: TypeAlias = str | Path | Sequence[str] | Sequence[dict[str, Any]] | datasets.Dataset
@@ -185,11 +185,74 @@ def split_row(row: dict[str, Any], prompt_column: str) -> tuple[str, dict[str, A
 
 def collate(samples: list[dict[str, Any]]) -> dict[str, list]:
     """Gather samples of a `PromptStream` into lists: prompts, metadata and indices."""
-    return {
+    batch = {
         "prompts": [sample["prompt"] for sample in samples],
         "metadata": [sample["metadata"] for sample in samples],
         "indices": [sample["index"] for sample in samples],
     }
+    if get_worker_info() is not None:  # the queue to the training would drop what fails, which then waits for ever
+        check_picklable(batch["metadata"])
+    return batch
+
+
+def check_picklable(metadata: Sequence[dict[str, Any]]) -> None:
+    """Raise TypeError if dataloader workers could not send metadata to the training.
+
+    Args:
+        metadata (Sequence[dict]): rows.
+    """
+    for row in metadata:
+        for name, value in row.items():
+            if isinstance(value, (str, int, float, torch.Tensor)):
+                continue
+            try:
+                pickle.dumps(value)
+            except Exception as error:
+                raise TypeError(
+                    f"The metadata {name!r} is a {type(value).__name__} that dataloader workers cannot send to the "
+                    f"training ({error}). Set dataloader_num_workers=0, or give a name or number in its place that "
+                    "the reward looks up."
+                ) from error
+
+
+def check_stateless(function: PromptFunction, seed: int) -> None:
+    """Raise ValueError if a prompt function goes through prompts by itself, instead of drawing one.
+
+    A resumed training and dataloader workers call it from the start again, so they would see other prompts.
+
+    Args:
+        function (PromptFunction): called a few times under the same random states.
+        seed (int): of these.
+    """
+    first, *others = (call_prompt_function(function, seed) for _ in range(3))
+    for other in others:
+        if not _equal(first, other):
+            raise ValueError(
+                f"prompt_function returned {_short(first)} and then {_short(other)}, though random, numpy.random and "
+                "torch were seeded alike: it keeps a state of its own, which neither a resumed training nor dataloader "
+                "workers would have. Draw from one of the three, such as random.choice(prompts), or give a list as "
+                "train_dataset, which is gone through in a random order."
+            )
+
+
+def _equal(first: Any, second: Any) -> bool:
+    """Whether two answers say the same; objects that cannot be compared may be other ones."""
+    if type(first) is not type(second):
+        return False
+    if isinstance(first, torch.Tensor):
+        return first.shape == second.shape and bool((first == second).all())
+    if isinstance(first, np.ndarray):
+        return np.array_equal(first, second)
+    if isinstance(first, dict):
+        return first.keys() == second.keys() and all(_equal(first[key], second[key]) for key in first)
+    if isinstance(first, (list, tuple)):
+        return len(first) == len(second) and all(map(_equal, first, second))
+    return first == second if isinstance(first, (str, int, float, bool)) else True
+
+
+def _short(answer: tuple[str, dict[str, Any]]) -> str:
+    text = repr(answer)
+    return text if len(text) <= 120 else f"{text[:120]}..."
 
 
 def call_prompt_function(function: PromptFunction, seed: int) -> tuple[str, dict[str, Any]]:
@@ -206,21 +269,14 @@ def call_prompt_function(function: PromptFunction, seed: int) -> tuple[str, dict
         TypeError: if the function returns something else.
         RuntimeError: if it has no more prompts.
     """
-    python_state, numpy_state = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(devices=[]):
-        random.seed(seed)
-        np.random.seed(seed % 2**32)
-        torch.manual_seed(seed)
+    with seeded(seed):
         try:
             result = function()
         except StopIteration as error:
             raise RuntimeError(
-                "prompt_function ran out of prompts, but must return one whenever it is called. Draw at random, go "
-                "round with itertools.cycle, or give a list as train_dataset."
+                "prompt_function ran out of prompts, but must return one whenever it is called. Draw at random, such "
+                "as random.choice(prompts), or give a list as train_dataset."
             ) from error
-        finally:
-            random.setstate(python_state)
-            np.random.set_state(numpy_state)
     if not (isinstance(result, tuple) and len(result) == 2 and isinstance(result[0], str) and result[0].strip()):
         raise TypeError(
             f"prompt_function must return (prompt, metadata) with a prompt that is not empty, but returned {result!r}."

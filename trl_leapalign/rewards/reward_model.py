@@ -1,5 +1,6 @@
 """What all built-in reward models share: frozen weights, precision, micro-batches and cached prompts."""
 
+from collections import OrderedDict
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any, ClassVar
@@ -10,6 +11,9 @@ from torch.utils.checkpoint import checkpoint
 
 from ..ranges import Range, check_bool
 from .callables import check_inputs
+
+MOST_ENCODED_PROMPTS = 1024
+"""Of prompts beyond these, those that were not used for longest are encoded again."""
 
 
 class RewardModel(nn.Module):
@@ -39,7 +43,7 @@ class RewardModel(nn.Module):
         check_bool("activation_checkpointing", activation_checkpointing)
         self.batch_size = batch_size
         self.activation_checkpointing = activation_checkpointing
-        self._encoded_prompts: dict[str, Any] = {}
+        self._encoded_prompts: OrderedDict[str, Any] = OrderedDict()
 
     def forward(self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
         """Score images.
@@ -80,7 +84,7 @@ class RewardModel(nn.Module):
         raise NotImplementedError
 
     def encode_prompt(self, prompt: str) -> Any:
-        """Compute what does not depend on the image; called once a prompt, without gradients.
+        """Compute what does not depend on the image, without gradients; the last 1,024 results are kept.
 
         Args:
             prompt (str): the prompt.
@@ -99,7 +103,11 @@ class RewardModel(nn.Module):
         if prompt not in self._encoded_prompts:
             with torch.inference_mode(False), torch.no_grad():  # inference tensors could not be used in training
                 self._encoded_prompts[prompt] = self.encode_prompt(prompt)
-        return self._encoded_prompts[prompt]
+        self._encoded_prompts.move_to_end(prompt)
+        encoded = self._encoded_prompts[prompt]
+        while len(self._encoded_prompts) > MOST_ENCODED_PROMPTS:
+            self._encoded_prompts.popitem(last=False)
+        return encoded
 
     def _apply(self, *args: Any, **kwargs: Any) -> "RewardModel":
         """Forget the prompts when the weights go to another device or dtype."""

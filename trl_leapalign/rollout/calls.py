@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..media import by_sample, check_shapes
 from ..prompts.columns import CallColumns
-from ..prompts.seeds import Purpose, derive_seed, make_generator
+from ..prompts.seeds import Purpose, cuda_devices, derive_seed, make_generator, seeded_torch
 
 NO_COLUMNS = CallColumns()
 
@@ -97,7 +97,7 @@ def batch_calls(
 
 def _random_states() -> list[Tensor]:
     """Of the generators that `solver_noise` seeds."""
-    return [torch.get_rng_state(), *([torch.cuda.get_rng_state()] if torch.cuda.is_available() else [])]
+    return [torch.get_rng_state(), *map(torch.cuda.get_rng_state, cuda_devices())]
 
 
 def _call_kwargs(
@@ -120,14 +120,12 @@ def _call_kwargs(
 
 @contextmanager
 def solver_noise(seed: int, purpose: Purpose, index: int) -> Iterator[None]:
-    """Seed torch's global random states, which some solvers draw from, and put them back.
+    """Seed torch's global random states of all devices, which some solvers draw from, and put them back.
 
     Args:
         seed (int): of the run.
         purpose (Purpose): what the batch is for.
         index (int): number of its first sample.
     """
-    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(derive_seed(seed, Purpose.SOLVER, purpose, index))
+    with seeded_torch(derive_seed(seed, Purpose.SOLVER, purpose, index)):
         yield
