@@ -17,7 +17,7 @@ from peft import LoraConfig
 from torch import Tensor, nn
 from torch.utils.data import SequentialSampler
 from transformers import Trainer, TrainerCallback, set_seed
-from transformers.trainer_utils import HubStrategy, TrainOutput
+from transformers.trainer_utils import TrainOutput
 
 from .adapters.lora import prepare_denoisers, restored_on_error
 from .adapters.model_card import write_model_card
@@ -37,6 +37,7 @@ from .training.dry_run import DryRun, dry_run
 from .training.guards import NothingLearnt, check_evaluation, check_kinds, check_optimizer, check_weights
 from .training.losses import below_threshold, limit_sample_gradients, reward_loss
 from .training.metrics import MetricBuffer, merge, peak_memory_gib, saturated, summarise
+from .training.publishing import HubPushes
 
 MOST_IDLE_UPDATES = 10
 
@@ -44,7 +45,7 @@ MOST_IDLE_UPDATES = 10
 ImageSamplesHook = Callable[[list[tuple], int, GeneralTracker | None], None]
 
 
-class LeapAlignTrainer(Trainer):
+class LeapAlignTrainer(HubPushes, Trainer):
     """Aligns a flow-matching pipeline with a differentiable reward, by LeapAlign or another direct-gradient method.
 
     Arguments are those of TRL's DDPOTrainer in a new order; the training loop is that of `transformers.Trainer`. After
@@ -481,14 +482,6 @@ class LeapAlignTrainer(Trainer):
 
     def _load_best_model(self) -> None:
         self._load_from_checkpoint(self.state.best_model_checkpoint)
-
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        pushing = getattr(self, "push_in_progress", None)
-        waits = pushing is not None and not pushing.is_done() and not self.args.hub_always_push
-        if self.args.hub_strategy != HubStrategy.END and not waits:
-            self._save(self.args.output_dir)
-            self.create_model_card()
-        super()._push_from_checkpoint(checkpoint_folder)
 
     def create_model_card(self, **metadata: Any) -> None:
         """Write the card of the trained weights into `output_dir`.

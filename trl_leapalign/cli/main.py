@@ -62,10 +62,10 @@ def train(options: list[str]) -> None:
         peft_config=_lora(arguments),
     )
     trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
-    trainer.save_model()
     if config.push_to_hub:
         trainer.push_to_hub()
     else:
+        trainer.save_model()
         trainer.create_model_card()
 
 
