@@ -1,7 +1,8 @@
 """A small server on this machine that speaks the Hub's HTTP interface, for the real huggingface_hub client.
 
-`with hub_server() as hub, hub.connected(monkeypatch, cache):` leads the client of this process there, and `hub.environment`
-that of another process. Repositories are in `hub.repositories`; `hub.received` keeps the body of every request.
+`with hub_server() as hub, hub.connected(monkeypatch, cache):` leads the client of this process there, and
+`hub.environment` that of another process. Repositories are in `hub.repositories`, and `hub.received` keeps the body of
+every request.
 """
 
 import base64
@@ -144,7 +145,7 @@ class Handler(BaseHTTPRequestHandler):
         if path.startswith("/api/models/"):
             user, name, *rest = path.removeprefix("/api/models/").split("/")
             return self.repository(f"{user}/{name}", rest, body)
-        user, name, resolve, revision, *file = path.removeprefix("/").split("/")
+        user, name, _, revision, *file = path.removeprefix("/").split("/")
         return self.resolve(f"{user}/{name}", revision, "/".join(file))
 
     do_GET = do_HEAD = do_POST = do_PUT = handle_request

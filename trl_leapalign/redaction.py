@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping
 from enum import Enum
 from typing import Any
+from urllib.parse import urlsplit
 
 import numpy as np
 import torch
@@ -82,7 +83,12 @@ def secrets_of(values: Mapping[str, Any]) -> set[str]:
 
 def without_credentials(url: str) -> str:
     """Return an address without its user, password and query, which may hold secrets."""
-    return CREDENTIALS.sub("", url).partition("?")[0].partition("#")[0]
+    parts = urlsplit(url)
+    try:
+        port = "" if parts.port is None else f":{parts.port}"
+    except ValueError:  # a password may stand where the port is expected
+        return f"{parts.scheme}://..."
+    return f"{parts.scheme}://{parts.hostname or '...'}{port}{parts.path if parts.hostname else ''}"
 
 
 def _described(value: Tensor | np.ndarray | Image.Image) -> str:

@@ -1,4 +1,4 @@
-"""What goes to the Hub, through the real client to a server on this machine: weights and cards, no pickle, no secret."""
+"""What the real client sends to a Hub on this machine: weights and cards, no pickle, no secret."""
 
 import base64
 import json

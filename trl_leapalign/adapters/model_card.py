@@ -1,37 +1,35 @@
 """The card of trained weights on the Hub."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from huggingface_hub import ModelCard, ModelCardData
+from transformers import Trainer
 
+from ..markdown import code, escape, literal
 from .saving import loading_lines
 
-if TYPE_CHECKING:
-    from ..leapalign_trainer import LeapAlignTrainer
-
-LOAD_FULL = 'pipeline.{name} = type(pipeline.{name}).from_pretrained("{repository}", subfolder="{name}")'
+LOAD_FULL = 'pipeline.{name} = type(pipeline.{name}).from_pretrained({repository}, subfolder="{name}")'
 TEMPLATE = """---
 {{ card_data }}
 ---
 
 # {{ name }}
 
-{{ kind }} for `{{ base }}`, trained to raise {{ rewards }} by
-`trl_leapalign` ([LeapAlign](https://huggingface.co/papers/2604.15311)) with the method `{{ method }}`.
+{{ kind }} for {{ base }}, trained to raise {{ rewards }} by
+`trl_leapalign` ([LeapAlign](https://huggingface.co/papers/2604.15311)) with the method {{ method }}.
 
 ```python
 from diffusers import DiffusionPipeline
 
-pipeline = DiffusionPipeline.from_pretrained("{{ base }}")
+pipeline = DiffusionPipeline.from_pretrained({{ source }})
 {{ load }}
-image = pipeline("{{ prompt }}").images[0]
+image = pipeline({{ prompt }}).images[0]
 ```
 """
 
 
 def write_model_card(
-    trainer: "LeapAlignTrainer",
+    trainer: Trainer,
     directory: Path,
     *,
     language: str | None = None,
@@ -60,7 +58,7 @@ def write_model_card(
     if lora:
         load = loading_lines(trainer.pipeline, trainer.denoisers, repository)
     else:
-        load = [LOAD_FULL.format(repository=repository, name=name) for name in trainer.denoisers]
+        load = [LOAD_FULL.format(repository=literal(repository), name=name) for name in trainer.denoisers]
     tags = [tags] if isinstance(tags, str) else list(tags or [])
     tags += ["text-to-image", "diffusers", "diffusers-training", *(["lora"] if lora else []), *trainer._tag_names]
     card_data = ModelCardData(
@@ -74,12 +72,13 @@ def write_model_card(
     card = ModelCard.from_template(
         card_data,
         template_str=TEMPLATE,
-        name=model_name or repository,
+        name=escape(model_name or repository),
         kind="LoRA adapter" if lora else "Weights",
-        base=base or type(trainer.pipeline).__name__,
-        rewards=", ".join(f"`{reward}`" for reward in trainer.rewards.names),
-        method=repr(trainer.rollout_model.method),
+        base=code(base or type(trainer.pipeline).__name__),
+        source=literal(base or type(trainer.pipeline).__name__),
+        rewards=", ".join(map(code, trainer.rewards.names)),
+        method=code(repr(trainer.rollout_model.method)),
         load="\n".join(load),
-        prompt=trainer.train_dataset[0]["prompt"].replace('"', "'"),
+        prompt=literal(trainer.train_dataset[0]["prompt"]),
     )
     card.save(directory / "README.md")

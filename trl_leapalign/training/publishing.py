@@ -3,18 +3,16 @@
 import logging
 from concurrent.futures import Future
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from huggingface_hub import CommitInfo, HfApi, get_token
 from huggingface_hub.utils import filter_repo_objects
 from safetensors import safe_open
+from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 from transformers.utils.hub import PushInProgress
 
 from ..redaction import SHORTEST_SECRET, secrets_of
-
-if TYPE_CHECKING:
-    from ..leapalign_trainer import LeapAlignTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +28,7 @@ class HubPushes:
     """What a Trainer does to push, with a choice of files: to be inherited from before Trainer."""
 
     def push_to_hub(
-        self: "LeapAlignTrainer",
+        self: Trainer,
         commit_message: str | None = "End of training",
         blocking: bool = True,
         token: str | None = None,
@@ -64,7 +62,7 @@ class HubPushes:
             self, self.args.output_dir, commit_message, token=token, revision=revision, run_as_future=not blocking
         )
 
-    def _push_from_checkpoint(self: "LeapAlignTrainer", checkpoint_folder: str) -> None:
+    def _push_from_checkpoint(self: Trainer, checkpoint_folder: str) -> None:
         pushing = getattr(self, "push_in_progress", None)
         waits = pushing is not None and not pushing.is_done() and not self.args.hub_always_push
         if self.args.hub_strategy == HubStrategy.END or waits:
@@ -91,7 +89,7 @@ class HubPushes:
         else:
             pushing.jobs.extend(jobs)
 
-    def _finish_current_push(self: "LeapAlignTrainer") -> None:
+    def _finish_current_push(self: Trainer) -> None:
         super()._finish_current_push()
         pushing = getattr(self, "push_in_progress", None)
         for job in pushing.jobs if pushing is not None else []:
@@ -100,7 +98,7 @@ class HubPushes:
 
 
 def upload(
-    trainer: "LeapAlignTrainer", folder: str | Path, message: str | None, *, revision: str | None = None, **options: Any
+    trainer: Trainer, folder: str | Path, message: str | None, *, revision: str | None = None, **options: Any
 ) -> CommitInfo | Future:
     """Upload what may be published of a folder.
 
