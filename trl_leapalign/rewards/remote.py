@@ -113,8 +113,8 @@ class RemoteReward:
                     break
                 time.sleep(pause)
         raise ConnectionError(
-            f"{self.url} gives no answer in {attempt + 1} attempts within {self.timeout:g} s: {failure}. See whether the "
-            "server runs, or set a longer timeout."
+            f"{self.url} gives no answer in {attempt + 1} attempts within {self.timeout:g} s: {failure}. See "
+            "whether the server runs, or set a longer timeout."
         ) from None
 
     def _open(self, body: bytes, end: float) -> bytes:
