@@ -1,5 +1,6 @@
 """LeapAlignConfig: every setting of a training run."""
 
+import copy
 import dataclasses
 import json
 import math
@@ -12,6 +13,7 @@ from transformers import TrainingArguments
 from .methods import METHODS, Method
 from .prompts.columns import COPIES, read_columns
 from .ranges import Range, check_bool
+from .redaction import plain
 
 RESERVED_SAMPLE_KWARGS = {
     "prompt": "prompts come from the dataset",
@@ -366,10 +368,18 @@ class LeapAlignConfig(TrainingArguments):
         return {"num_inference_steps": num_steps or self.sample_num_steps, **given, **self.sample_kwargs}
 
     def to_dict(self) -> dict[str, Any]:
-        values = super().to_dict()
-        values["method"] = self.method if isinstance(self.method, str) else repr(self.method)
-        values["model_init_kwargs"] = {name: _jsonable(value) for name, value in self.model_init_kwargs.items()}
-        return values
+        described = copy.copy(self)  # TrainingArguments changes nested settings in place
+        for name in (option.name for option in dataclasses.fields(self) if option.init):
+            if isinstance(getattr(self, name), (dict, list, tuple)):
+                setattr(described, name, plain(getattr(self, name), name))
+        described.method = self.method if isinstance(self.method, str) else repr(self.method)
+        return plain(super(LeapAlignConfig, described).to_dict())
+
+    def __str__(self) -> str:
+        values = ",\n".join(f"    {name}={value!r}" for name, value in sorted(self.to_dict().items()))
+        return f"{type(self).__name__}(\n{values},\n)"
+
+    __repr__ = __str__
 
     def _refuse_unsupported(self) -> None:
         defaults = {option.name: option.default for option in dataclasses.fields(self)}
@@ -465,10 +475,6 @@ class LeapAlignConfig(TrainingArguments):
         if num_prompts is None:
             raise ValueError("A prompt_function has no end, so num_train_epochs means nothing. Set max_steps.")
         return math.ceil(self.num_train_epochs * num_prompts / self.samples_per_update)
-
-
-def _jsonable(value: Any) -> Any:
-    return value if isinstance(value, (str, int, float, bool, list, dict, type(None))) else str(value)
 
 
 def read_dict(name: str, value: Any) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from peft import LoraConfig
 from torch import Tensor, nn
 from torch.utils.data import SequentialSampler
 from transformers import Trainer, TrainerCallback, set_seed
-from transformers.trainer_utils import HubStrategy, TrainOutput
+from transformers.trainer_utils import TrainOutput
 
 from .adapters.lora import prepare_denoisers, restored_on_error
 from .adapters.model_card import TrainedModel, write_model_card
@@ -63,6 +63,7 @@ from .training.guards import (
 from .training.losses import below_threshold, limit_sample_gradients, reward_loss
 from .training.metrics import MetricBuffer, merge, peak_memory_gib, saturated, summarise
 from .training.optimizers import EndInEvaluationMode, evaluation_mode, has_modes
+from .training.publishing import HubPushes
 from .training.resuming import base_weights, choose_checkpoint, describe_run, load_run
 
 MOST_IDLE_UPDATES = 10
@@ -72,7 +73,7 @@ MOST_SHOWN = 64
 ImageSamplesHook = Callable[[list[tuple], int, GeneralTracker | None], None]
 
 
-class LeapAlignTrainer(Trainer):
+class LeapAlignTrainer(HubPushes, Trainer):
     """Aligns a flow-matching pipeline with a differentiable reward, by LeapAlign or another direct-gradient method.
 
     Arguments are those of TRL's DDPOTrainer in a new order; the training loop is that of `transformers.Trainer`. After
@@ -547,14 +548,6 @@ class LeapAlignTrainer(Trainer):
             self.weight_average.load(best)
         if has_modes(self.optimizer):
             self._load_optimizer_and_scheduler(best)
-
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        pushing = getattr(self, "push_in_progress", None)
-        waits = pushing is not None and not pushing.is_done() and not self.args.hub_always_push
-        if self.args.hub_strategy != HubStrategy.END and not waits:
-            self._save(self.args.output_dir)
-            self.create_model_card()
-        super()._push_from_checkpoint(checkpoint_folder)
 
     def create_model_card(self, **metadata: Any) -> None:
         """Write the card of the trained weights into `output_dir`.

@@ -94,6 +94,41 @@ def test_missing_values_and_files():
         columns().calls([{"image": IMAGES[0]}, {}])
 
 
+def break_image(path, how):
+    """Write a file that only fails when it is opened, or when its pixels are read."""
+    IMAGES[0].resize((64, 64)).save(path)
+    content = path.read_bytes()
+    middle = len(content) // 2
+    contents = {
+        "empty": b"",
+        "cut off": content[:-30],
+        "other bytes": content[:middle] + b"\0" * 20 + content[middle + 20 :],
+        "bomb": content,
+        "text": b"<html>",
+    }
+    path.write_bytes(contents[how])
+    return str(path)
+
+
+@pytest.mark.parametrize("how", ["empty", "cut off", "other bytes", "bomb", "text"])
+@pytest.mark.parametrize("kind", ["paths", "encoded", "dataset"])
+def test_a_broken_image_in_a_later_row_is_found_at_once(tmp_path, how, kind, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000 if how == "bomb" else 10**6)
+    path = break_image(tmp_path / "broken.png", how)
+    IMAGES[1].save(tmp_path / "whole.png")
+    rows = [{"prompt": "a cat", "image": str(tmp_path / "whole.png")} for _ in range(70)] + [
+        {"prompt": "x", "image": path}
+    ]
+    if kind == "encoded":
+        rows = [{**row, "image": {"bytes": open(row["image"], "rb").read(), "path": None}} for row in rows]
+    if kind == "dataset":
+        rows = datasets.Dataset.from_list(rows).cast_column("image", datasets.Image())
+    with pytest.raises(
+        ValueError, match=r"Row 70, column 'image': .* is no image that can be read: .*leave the row out"
+    ):
+        columns({"image": "image"}, rows=rows)
+
+
 @pytest.mark.parametrize(
     ("given", "expected"),
     [
@@ -153,7 +188,7 @@ def test_images_come_in_every_form(tmp_path):
     with pytest.raises(TypeError, match="not by 3"):
         open_image(3)
     (tmp_path / "c.png").write_text("x")
-    with pytest.raises(ValueError, match="is no image"):
+    with pytest.raises(ValueError, match="is no image that can be read"):
         open_image(tmp_path / "c.png")
 
 

@@ -7,24 +7,25 @@ from diffusers import DiffusionPipeline
 from huggingface_hub import ModelCard, ModelCardData
 from torch import nn
 
+from ..markdown import code, escape, literal
 from .saving import loading_lines
 
-LOAD_FULL = 'pipeline.{name} = type(pipeline.{name}).from_pretrained("{repository}", subfolder="{name}")'
+LOAD_FULL = 'pipeline.{name} = type(pipeline.{name}).from_pretrained({repository}, subfolder="{name}")'
 TEMPLATE = """---
 {{ card_data }}
 ---
 
 # {{ name }}
 
-{{ kind }} for `{{ base }}`, trained to raise {{ rewards }} by
-`trl_leapalign` ([LeapAlign](https://huggingface.co/papers/2604.15311)) with the method `{{ method }}`.
+{{ kind }} for {{ base }}, trained to raise {{ rewards }} by
+`trl_leapalign` ([LeapAlign](https://huggingface.co/papers/2604.15311)) with the method {{ method }}.
 
 ```python
 from diffusers import DiffusionPipeline
 
-pipeline = DiffusionPipeline.from_pretrained("{{ base }}")
+pipeline = DiffusionPipeline.from_pretrained({{ source }})
 {{ load }}
-image = pipeline("{{ prompt }}").images[0]
+image = pipeline({{ prompt }}).images[0]
 ```
 """
 
@@ -84,7 +85,7 @@ def write_model_card(
     if lora:
         load = loading_lines(trained.pipeline, trained.denoisers, repository)
     else:
-        load = [LOAD_FULL.format(repository=repository, name=name) for name in trained.denoisers]
+        load = [LOAD_FULL.format(repository=literal(repository), name=name) for name in trained.denoisers]
     tags = [tags] if isinstance(tags, str) else list(tags or [])
     tags += ["text-to-image", "diffusers", "diffusers-training", *(["lora"] if lora else []), *trained.tags]
     card_data = ModelCardData(
@@ -98,12 +99,13 @@ def write_model_card(
     card = ModelCard.from_template(
         card_data,
         template_str=TEMPLATE,
-        name=model_name or repository,
+        name=escape(model_name or repository),
         kind="LoRA adapter" if lora else "Weights",
-        base=base or type(trained.pipeline).__name__,
-        rewards=", ".join(f"`{reward}`" for reward in trained.rewards),
-        method=trained.method,
+        base=code(base or type(trained.pipeline).__name__),
+        source=literal(base or type(trained.pipeline).__name__),
+        rewards=", ".join(map(code, trained.rewards)),
+        method=code(trained.method),
         load="\n".join(load),
-        prompt=trained.prompt.replace('"', "'"),
+        prompt=literal(trained.prompt),
     )
     card.save(directory / "README.md")

@@ -16,6 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from ..markdown import literal
 from .lora import DENOISER_PREFIXES, adapter_name
 
 logger = logging.getLogger(__name__)
@@ -92,15 +93,16 @@ def loading_lines(pipeline: DiffusionPipeline, denoisers: dict[str, nn.Module], 
         list[str]: lines of Python, in which the pipeline is called so.
     """
     if saved_by_pipeline(pipeline, denoisers):
-        return [f'pipeline.load_lora_weights("{source}")']
+        return [f"pipeline.load_lora_weights({literal(source)})"]
     own = [name for name, denoiser in denoisers.items() if isinstance(denoiser, PeftAdapterMixin)]
+    written = literal(source)
     return [
         *(["from peft import PeftModel"] if len(own) < len(denoisers) else []),
         *(
-            f'pipeline.{name}.load_lora_adapter("{source}", subfolder="{name}", weight_name="{LORA_FILE}", '
+            f'pipeline.{name}.load_lora_adapter({written}, subfolder="{name}", weight_name="{LORA_FILE}", '
             f'prefix="{lora_prefix(name)}")'
             if name in own
-            else f'PeftModel.from_pretrained(pipeline.{name}, "{source}", subfolder="{name}")'
+            else f'PeftModel.from_pretrained(pipeline.{name}, {written}, subfolder="{name}")'
             for name in denoisers
         ),
     ]

@@ -16,6 +16,7 @@ from ..adapters.lora import enable_checkpointing, trained_parameters
 from ..adapters.saving import loading_lines, save_trained
 from ..leapalign_config import LeapAlignConfig
 from ..leapalign_trainer import LeapAlignTrainer
+from ..markdown import escape
 from ..methods import DRaFT, Method, Plan, Schedule, Trajectory
 from ..methods.flow import TRIGFLOW
 from ..prompts.columns import takes_images
@@ -118,8 +119,8 @@ class PipelineCheck:
         rows["takes images as"] = ", ".join(self.images)
         if self.identical is not None:
             rows["same output as a plain call"] = "yes, bit for bit" if self.identical else "no"
-        lines = [f"# {self.name}", "", "| | |", "| --- | --- |"]
-        lines += [f"| {name} | {value} |" for name, value in rows.items() if value]
+        lines = [f"# {escape(self.name)}", "", "| | |", "| --- | --- |"]
+        lines += [f"| {escape(name)} | {escape(value)} |" for name, value in rows.items() if value]
         verdict = "It can be trained." if self.trainable else f"It cannot be trained: {self.problem}"
         lines += ["", verdict]
         if self.settings:

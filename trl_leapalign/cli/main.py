@@ -4,7 +4,8 @@ import importlib
 import logging
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     elif command not in COMMANDS:
         sys.exit(f"{USAGE}\nerror: unknown command {command!r}")
     else:
-        sys.path.insert(0, "")
         COMMANDS[command](options)
 
 
@@ -62,10 +62,10 @@ def train(options: list[str]) -> None:
         peft_config=_lora(arguments),
     )
     trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
-    trainer.save_model()
     if config.push_to_hub:
         trainer.push_to_hub()
     else:
+        trainer.save_model()
         trainer.create_model_card()
 
 
@@ -213,11 +213,33 @@ def _object(name: str) -> Any:
         raise ValueError(f"{name!r} names no object. Write MODULE:NAME, such as my_rewards:brightness.")
     module, _, attribute = name.partition(":")
     try:
-        return getattr(importlib.import_module(module), attribute)
-    except (ModuleNotFoundError, AttributeError) as error:
-        raise ValueError(
-            f"There is no {name!r}: {error}. Modules are looked for here and among those installed."
+        with _modules_of_this_folder():
+            found = importlib.import_module(module)
+    except Exception as error:
+        if isinstance(error, ModuleNotFoundError) and f"{module}.".startswith(f"{error.name}."):
+            raise ValueError(
+                f"There is no {name!r}: {error}. Modules are looked for here and among those installed."
+            ) from error
+        raise ImportError(
+            f"The module {module!r} of {name!r} is there, but fails when it is imported: {type(error).__name__}: "
+            f"{error}. Mend it, or install what it needs."
         ) from error
+    if not hasattr(found, attribute):
+        raise ValueError(f"There is no {name!r}: {found.__name__} ({found.__file__}) has no {attribute!r}.")
+    return getattr(found, attribute)
+
+
+@contextmanager
+def _modules_of_this_folder() -> Iterator[None]:
+    """Let modules be imported from the current folder, for as long as the user's own are."""
+    before = list(sys.path)
+    sys.path.insert(0, "")
+    importlib.invalidate_caches()
+    try:
+        yield
+    finally:
+        if "" in sys.path and "" not in before:
+            sys.path.remove("")
 
 
 def _reward(name: str) -> Any:

@@ -9,6 +9,7 @@ from statistics import fmean, median
 from typing import Any
 
 from ..evaluation.statistics import Estimate, difference, mean_over_seeds
+from ..markdown import escape
 from ..media import read_preview
 
 BASE = "base"
@@ -143,13 +144,16 @@ def _significance(overall: dict[str, list[float]]) -> dict[str, float]:
 
 def _markdown(rows: dict[str, dict[str, Estimate]], tests: dict[str, float], has_sheet: bool) -> str:
     columns = list(dict.fromkeys(column for row in rows.values() for column in row))
-    lines = ["| run | " + " | ".join(columns) + " | against the first |", "|---|" + "---:|" * len(columns) + "---|"]
+    lines = [
+        "| run | " + " | ".join(map(escape, columns)) + " | against the first |",
+        "|---|" + "---:|" * len(columns) + "---|",
+    ]
     for name, row in rows.items():
         verdict = ""
         if name in tests:
             verdict = f"{'different' if tests[name] < SIGNIFICANT else 'not significant'}, p = {tests[name]:.2g}"
         cells = [str(row.get(column, "")) for column in columns]
-        lines.append(f"| {name} | " + " | ".join(cells) + f" | {verdict} |")
+        lines.append(f"| {escape(name)} | " + " | ".join(cells) + f" | {verdict} |")
     pictures = ["![Curves](curves.png)"] + (["![Images by run and group](images.png)"] if has_sheet else [])
     note = (
         "Mean ± standard error over seeds. The last column is Welch's test of the mean over groups against the first "
@@ -179,9 +183,10 @@ def draw_curves(by_name: dict[str, list[Result]], path: Path) -> None:
         reward, norm = (_smooth_mean(results, key, length) for key in ("reward", "grad_norm"))
         start = reward[min(9, length - 1)]
         reward = [value - start for value in reward]
-        rewards.plot(steps, reward, label=name)
-        times.plot(seconds, reward, label=name)
-        norms.plot(steps, norm, label=name)
+        label = name.replace("$", r"\$")
+        rewards.plot(steps, reward, label=label)
+        times.plot(seconds, reward, label=label)
+        norms.plot(steps, norm, label=label)
     rewards.set(xlabel="update", ylabel="change of the reward in training")
     times.set(xlabel="seconds of training", ylabel="change of the reward in training")
     norms.set(xlabel="update", ylabel="gradient norm", yscale="log")
@@ -224,7 +229,7 @@ def draw_sheet(by_name: dict[str, list[Result]], directory: Path) -> bool:
             axes[line, column].imshow(read_preview(path))
             axes[line, column].set(xticks=[], yticks=[])
             if line == 0:
-                axes[line, column].set_title(groups[int(path.stem)], fontsize=8)
-        axes[line, 0].set_ylabel(name, fontsize=8)
+                axes[line, column].set_title(groups[int(path.stem)], fontsize=8, parse_math=False)
+        axes[line, 0].set_ylabel(name, fontsize=8, parse_math=False)
     figure.savefig(directory / "images.png", dpi=110)
     return True
