@@ -9,6 +9,7 @@ from .remote import RemoteReward
 from .reward_model import RewardModel
 from .reward_set import RewardFunction, RewardSet, Scores, check_finite
 from .video import VideoReward
+from .vlm import VLMReward
 
 __all__ = [
     "REWARDS",
@@ -24,6 +25,7 @@ __all__ = [
     "RewardModel",
     "RewardSet",
     "Scores",
+    "VLMReward",
     "VideoReward",
     "check_finite",
     "column_images",
