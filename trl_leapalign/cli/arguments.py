@@ -11,7 +11,9 @@ class TrainArguments:
     """Arguments of `trl-leapalign train`: what is trained, with which reward."""
 
     pipeline: str = field(metadata={"help": "Hub id or path of the pipeline, or MODULE:FUNCTION that returns one."})
-    reward: list[str] = field(metadata={"help": "Reward functions: names of built-in ones, or MODULE:NAME."})
+    reward: list[str] = field(
+        metadata={"help": "Reward functions: names of built-in ones or of evaluators, such as geneval, or MODULE:NAME."}
+    )
     lora: dict[str, Any] | str | None = field(
         default=None, metadata={"help": 'Arguments of peft.LoraConfig, such as `{"r": 64}`. None is the default LoRA.'}
     )

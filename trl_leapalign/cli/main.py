@@ -11,6 +11,7 @@ from typing import Any
 
 from peft import LoraConfig
 
+from ..evaluation.rows import read_if_geneval
 from ..leapalign_config import LeapAlignConfig, read_dict
 from ..methods import METHODS
 from ..prompts.sources import load_prompts
@@ -239,4 +240,5 @@ def _maker(pipeline: str, config: LeapAlignConfig) -> Callable:
 def _rows(option: str, source: str | None, config: LeapAlignConfig, split: str = "train") -> Sequence[dict[str, Any]]:
     if source is None:
         raise ValueError(f"There are no prompts: set {option}.")
-    return load_prompts(_object(source)() if _is_object(source) else source, config.prompt_column, split)
+    source = _object(source)() if _is_object(source) else read_if_geneval(source, config.prompt_column)
+    return load_prompts(source, config.prompt_column, split)

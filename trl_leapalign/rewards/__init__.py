@@ -1,10 +1,13 @@
 from ..media import column_images
 from .aesthetic import AestheticScore
 from .builtin import REWARDS, load_reward
+from .callables import NamedReward
 from .clip import CLIPReward, CLIPScore, PickScore
 from .hpsv2 import HPSv2
 from .hpsv3 import HPSv3
 from .image_reward import ImageReward
+from .ocr import OCRReward
+from .relative import RelativeReward
 from .remote import RemoteReward
 from .reward_model import RewardModel
 from .reward_set import RewardFunction, RewardSet, Scores, check_finite
@@ -19,7 +22,10 @@ __all__ = [
     "HPSv2",
     "HPSv3",
     "ImageReward",
+    "NamedReward",
+    "OCRReward",
     "PickScore",
+    "RelativeReward",
     "RemoteReward",
     "RewardFunction",
     "RewardModel",
