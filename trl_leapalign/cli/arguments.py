@@ -27,6 +27,18 @@ class CheckArguments:
 
 
 @dataclass
+class VoteArguments:
+    """Arguments of `trl-leapalign vote`."""
+
+    folder: str = field(metadata={"help": "Folder of the pictures and votes, which HumanReward is given too."})
+    port: int = field(default=7860, metadata={"help": "Of the page."})
+    host: str = field(
+        default="127.0.0.1",
+        metadata={"help": "Address that the page is served on. 0.0.0.0 lets the whole network see it and vote."},
+    )
+
+
+@dataclass
 class CompareArguments(TrainArguments):
     """Arguments of `trl-leapalign compare`."""
 

@@ -5,6 +5,7 @@ from .callables import NamedReward
 from .clip import CLIPReward, CLIPScore, PickScore
 from .hpsv2 import HPSv2
 from .hpsv3 import HPSv3
+from .human import HumanReward
 from .image_reward import ImageReward
 from .ocr import OCRReward
 from .relative import RelativeReward
@@ -21,6 +22,7 @@ __all__ = [
     "CLIPScore",
     "HPSv2",
     "HPSv3",
+    "HumanReward",
     "ImageReward",
     "NamedReward",
     "OCRReward",
