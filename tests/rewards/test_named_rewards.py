@@ -8,13 +8,14 @@ import torch
 from geneval_cases import busy_detector, color_tokenizer, random_images, tiny_color_clip
 from reward_cases import clip_model
 from training_cases import make_trainer, redness
+from vlm_cases import vlm_image_processor, vlm_model, vlm_tokenizer
 
 from examples.tiny import tiny_tokenizer
 from trl_leapalign import LeapAlignConfig
 from trl_leapalign.evaluation import Evaluator, GenEval, UnifiedReward, named_evaluator, named_rewards
 from trl_leapalign.evaluation.evaluators import check_rows
 from trl_leapalign.evaluation.rows import read_if_geneval
-from trl_leapalign.rewards import NamedReward, RewardSet
+from trl_leapalign.rewards import HumanReward, NamedReward, RewardSet, VLMReward
 
 ROWS = [
     {"tag": "single_object", "include": [{"class": "dog", "count": 1}], "prompt": "a dog"},
@@ -61,6 +62,18 @@ def test_names_become_rewards_that_are_loaded_later(folder, settings):
     ]
 
 
+def test_questions_and_votes_by_name(tmp_path):
+    for part in (vlm_model(), vlm_tokenizer(), vlm_image_processor()):
+        part.save_pretrained(tmp_path / "model")
+    settings = {
+        "vlm": {"question": "Is it {prompt}?", "model": str(tmp_path / "model")},
+        "human": {"folder": str(tmp_path / "votes"), "timeout": 0.1},
+    }
+    rewards = RewardSet(named_rewards(["vlm", "human"], settings))
+    assert [type(function) for function in rewards.functions] == [VLMReward, HumanReward]
+    assert rewards.names == ["vlm", "human"] and rewards.functions[0].questions == ["Is it {prompt}?"]
+
+
 def test_bad_settings(settings):
     with pytest.raises(ValueError, match="GenEval needs a detector"):
         named_rewards("geneval", {})
@@ -68,6 +81,10 @@ def test_bad_settings(settings):
         named_rewards(["hpsv2.1", redness], settings)
     with pytest.raises(TypeError, match="'geneval' has no settings detektor"):
         named_rewards("geneval", {"geneval": {"detektor": "x", "detector": "y"}})
+    with pytest.raises(ValueError, match=r"'vlm' needs question\..* reward_kwargs=\{'vlm': \{\"question\": \.\.\.\}\}"):
+        named_rewards("vlm", {"vlm": {"model": "some/model"}})
+    with pytest.raises(ValueError, match="'human' needs folder"):
+        named_rewards("human", {})
     with pytest.raises(ValueError, match="There is no built-in reward 'genevall'"):
         RewardSet(named_rewards("genevall", {}))
     with pytest.raises(TypeError, match="takes"):

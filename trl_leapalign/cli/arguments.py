@@ -81,8 +81,8 @@ class EvaluateArguments:
     evaluators: list[str] | None = field(
         default=None,
         metadata={
-            "help": "Names of built-in rewards, 'geneval', 'unifiedreward-alignment', 'unifiedreward-iq', or "
-            "MODULE:NAME, called as rewards."
+            "help": "Names of built-in rewards, 'geneval', 'unifiedreward-alignment', 'unifiedreward-iq', 'vlm', "
+            "'ocr', or MODULE:NAME, called as rewards."
         },
     )
     output_dir: str | None = field(default=None, metadata={"help": "Where images, scores and tables go."})

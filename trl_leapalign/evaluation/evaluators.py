@@ -7,7 +7,15 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeAlias
 
-from ..rewards import REWARDS, NamedReward, RewardFunction, RewardSet
+from ..rewards import (
+    REWARDS,
+    HumanReward,
+    NamedReward,
+    OCRReward,
+    RewardFunction,
+    RewardSet,
+    VLMReward,
+)
 from .geneval.evaluator import GenEval
 from .geneval.metadata import parse_task
 from .unified_reward import ALIGNMENT_PROMPT, IMAGE_QUALITY_PROMPT, UnifiedReward
@@ -17,10 +25,13 @@ UNIFIED_REWARD = partial(UnifiedReward.from_pretrained, source="CodeGoat24/Unifi
 EVALUATORS: dict[str, Callable[..., RewardFunction]] = {
     **REWARDS,
     "geneval": GenEval.from_pretrained,
+    "human": HumanReward,
+    "ocr": OCRReward,
     "unifiedreward-alignment": partial(UNIFIED_REWARD, prompt=ALIGNMENT_PROMPT),
     "unifiedreward-iq": partial(UNIFIED_REWARD, prompt=IMAGE_QUALITY_PROMPT),
+    "vlm": VLMReward,
 }
-"""What loads each evaluator that has a name."""
+"""What loads each evaluator that has a name; all of them are rewards too."""
 
 
 @dataclass(frozen=True)
@@ -66,14 +77,16 @@ def named_evaluator(name: str, **settings: Any) -> Evaluator:
     """Find an evaluator by name, and check its settings; nothing is loaded yet.
 
     Args:
-        name (str): one of `EVALUATORS`: a built-in reward, "geneval", "unifiedreward-alignment" or "unifiedreward-iq".
-        **settings (Any): of its `from_pretrained`, such as `path_or_id`; GenEval's `detector` must be given.
+        name (str): one of `EVALUATORS`: a built-in reward, "geneval", "unifiedreward-alignment", "unifiedreward-iq",
+            "vlm", "ocr" or "human".
+        **settings (Any): of what loads it, such as `path_or_id`; GenEval's `detector` must be given, and so must the
+            `question` of "vlm" and the `folder` of "human".
 
     Returns:
         Evaluator: the evaluator.
 
     Raises:
-        ValueError: if the name is unknown or GenEval has no detector.
+        ValueError: if the name is unknown or a setting is missing that has no default.
         TypeError: if it does not have such settings.
     """
     if name not in EVALUATORS:
@@ -91,6 +104,18 @@ def named_evaluator(name: str, **settings: Any) -> Evaluator:
     unknown = sorted(settings.keys() - known)
     if unknown:
         raise TypeError(f"The evaluator {name!r} has no settings {', '.join(unknown)}. It takes: {', '.join(known)}.")
+    missing = [
+        parameter.name
+        for parameter in inspect.signature(load).parameters.values()
+        if parameter.default is parameter.empty
+        and parameter.kind is not parameter.VAR_KEYWORD
+        and parameter.name not in settings
+    ]
+    if missing:
+        raise ValueError(
+            f"The evaluator {name!r} needs {', '.join(missing)}. In training set "
+            f'reward_kwargs={{{name!r}: {{"{missing[0]}": ...}}}}, in an evaluation evaluator_kwargs likewise.'
+        )
     return Evaluator(name, lambda: load(**settings), {"evaluator": name, **settings}, name == "geneval")
 
 
