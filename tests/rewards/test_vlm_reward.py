@@ -256,8 +256,15 @@ def test_four_bits(tmp_path):
     assert any(type(module).__name__ == "Linear4bit" for module in reward.modules())
     rewards = RewardSet(reward)
     rewards.prepare(torch.device("cpu"))
-    rewards(images, PROMPTS, [{}, {}]).rewards.sum().backward()
+    scores = rewards(images, PROMPTS, [{}, {}])
+    scores.rewards.sum().backward()
     assert images.grad.norm() > 0
+    exact = VLMReward("Is it {prompt}?", tmp_path, dtype=torch.float32)
+    leaf = images.detach().clone().requires_grad_()
+    expected = exact(leaf, PROMPTS, [{}, {}])[0]
+    expected.sum().backward()
+    assert 0 < (scores.rewards[0] - expected).abs().max() < 1.0  # weights of 4 bits are off by some percent
+    assert torch.cosine_similarity(images.grad.flatten(), leaf.grad.flatten(), dim=0) > 0.5
 
 
 def test_training_raises_the_probability_of_yes(tmp_path, caplog):

@@ -225,7 +225,9 @@ class VLMReward(RewardModel):
 
     @torch.no_grad()
     def _image_length(self, images: Tensor, inputs: dict[str, Tensor]) -> int:
-        """Tokens that the model makes of an image of this size, found out once."""
+        """Tokens that the model makes of an image of this size, for models of no patches found out once."""
+        if "image_grid_thw" in inputs:
+            return int(inputs["image_grid_thw"][0].prod()) // self.pixel_values.processor.merge_size**2
         size = tuple(images.shape[-2:])
         if size not in self._image_lengths:
             one = {name: value[: len(value) // len(images)] for name, value in inputs.items()}
