@@ -35,7 +35,7 @@ ALLOWED = {
         "leapalign_trainer",
     },
     "cli": {
-        *("prompts", "methods", "rollout", "adapters", "training", "evaluation", "comparison"),
+        *("prompts", "methods", "rewards", "rollout", "adapters", "training", "evaluation", "comparison"),
         *("leapalign_config", "leapalign_trainer"),
     },
     "__init__": {"methods", "rollout", "leapalign_config", "leapalign_trainer"},

@@ -127,6 +127,9 @@ class LeapAlignConfig(TrainingArguments):
             Threshold lambda of each reward, on its own scale, or one number for a single reward: samples above it have
             no loss. None is the recommended one of each built-in reward and none for others; [None] is none, which
             maximises without end.
+        reward_kwargs (`dict`, *optional*):
+            By the name of a reward, settings with which it is loaded, JSON:
+            `{"geneval": {"detector": "mask2former.pth"}}`.
 
         > Parameters that control the prompts
 
@@ -249,6 +252,13 @@ class LeapAlignConfig(TrainingArguments):
             "none, which maximises without end."
         },
     )
+    reward_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "By the name of a reward, settings with which it is loaded, JSON: "
+            '`{"geneval": {"detector": "mask2former.pth"}}`.'
+        },
+    )
 
     # Parameters that control the prompts
     train_prompts: str | None = field(
@@ -301,8 +311,9 @@ class LeapAlignConfig(TrainingArguments):
                 self.max_steps = 300
         if self.learning_rate is None:
             self.learning_rate = 1e-5 if self.full_finetuning else 1e-4
-        for name in ("sample_kwargs", "method_kwargs", "model_init_kwargs"):
+        for name in ("sample_kwargs", "method_kwargs", "model_init_kwargs", "reward_kwargs"):
             setattr(self, name, read_dict(name, getattr(self, name)))
+        self.reward_kwargs = {name: read_dict(f"reward_kwargs[{name!r}]", v) for name, v in self.reward_kwargs.items()}
         for name in ("reward_weights", "reward_threshold"):
             value = getattr(self, name)
             if isinstance(value, Real) and not isinstance(value, bool):

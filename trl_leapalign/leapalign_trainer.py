@@ -21,6 +21,8 @@ from transformers.trainer_utils import TrainOutput
 from .adapters.lora import prepare_denoisers, restored_on_error
 from .adapters.model_card import TrainedModel, write_model_card
 from .adapters.saving import save_trained
+from .evaluation.evaluators import check_rows, named_rewards
+from .evaluation.rows import read_if_geneval
 from .evaluation.scoring import scored_batches
 from .leapalign_config import LeapAlignConfig
 from .media import on_cpu
@@ -124,6 +126,7 @@ class LeapAlignTrainer(HubPushes, Trainer):
         config = copy.copy(config) if config is not None else LeapAlignConfig()
         check_output_dir(config)
         set_seed(config.seed)
+        reward_function = named_rewards(reward_function, config.reward_kwargs)
         check_reward_settings(reward_function, config.reward_weights, config.reward_threshold)
         self.pipeline = load_pipeline(pipeline, config.device, config.model_init_kwargs)
         check_call_arguments(self.pipeline, ["prompt", "generator", *config.call_kwargs()])
@@ -132,12 +135,15 @@ class LeapAlignTrainer(HubPushes, Trainer):
         self.prompt_source = choose_prompts(
             config.prompt_column,
             prompt_function=prompt_function,
-            train_dataset=train_dataset,
-            train_prompts=config.train_prompts,
+            train_dataset=read_if_geneval(train_dataset, config.prompt_column),
+            train_prompts=read_if_geneval(config.train_prompts, config.prompt_column),
         )
         check_evaluation(config, self.rewards.names, eval_dataset)
-        eval_source = eval_dataset if eval_dataset is not None else config.eval_prompts
+        eval_source = read_if_geneval(
+            eval_dataset if eval_dataset is not None else config.eval_prompts, config.prompt_column
+        )
         eval_rows = load_prompts(eval_source, config.prompt_column, split="test") if eval_source is not None else None
+        check_rows(reward_function, self.prompt_source, eval_rows)
         self.columns = self._find_columns(config, eval_rows)
         config.max_steps = config.count_updates(None if callable(self.prompt_source) else len(self.prompt_source))
         check_best_model(config)

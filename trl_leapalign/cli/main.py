@@ -12,11 +12,12 @@ from typing import Any
 
 from peft import LoraConfig
 
+from ..evaluation.rows import read_if_geneval
 from ..leapalign_config import LeapAlignConfig, read_dict
 from ..methods import METHODS
 from ..prompts.sources import load_prompts
 from ..rollout.pipelines import load_pipeline
-from .arguments import CheckArguments, CompareArguments, EvaluateArguments, TrainArguments
+from .arguments import CheckArguments, CompareArguments, EvaluateArguments, TrainArguments, VoteArguments
 
 SHAPES = "examples/shapes/compare.yaml"
 USAGE = f"""usage: trl-leapalign COMMAND [options]
@@ -26,8 +27,10 @@ commands:
   compare   train several methods on the same prompts and seeds, and judge them ({SHAPES} by default)
   evaluate  score a pipeline on prompts, with or without an adapter, or compare evaluations that are there
   check     check PIPELINE: tell whether it can be trained, and what to set
+  vote      vote FOLDER: serve the page on which people vote on a training's pictures
 
-trl-leapalign COMMAND --help tells the options; those of all but evaluate are also all settings of LeapAlignConfig.
+trl-leapalign COMMAND --help tells the options; those of all but evaluate and vote are also all settings of
+LeapAlignConfig.
 --config FILE reads options from YAML. Where an object is asked for, MODULE:NAME is what Python finds under that name,
 from here.
 """
@@ -161,6 +164,19 @@ def check(options: list[str]) -> None:
         sys.exit(1)
 
 
+def vote(options: list[str]) -> None:
+    """Serve the page on which people vote, until the process is stopped."""
+    from trl import TrlParser
+
+    from .vote import serve
+
+    if options and not options[0].startswith("-"):
+        options = ["--folder", *options]
+    [arguments] = TrlParser(VoteArguments).parse_args_and_config(options)
+    print(f"Vote on http://{arguments.host}:{arguments.port}; Ctrl-C stops, votes stay in {arguments.folder}.")
+    serve(arguments.folder, arguments.host, arguments.port)
+
+
 NOT_COMPARED = {
     "seed": "Set --seeds.",
     "resume_from_checkpoint": "It goes on with the runs that are not done yet by itself.",
@@ -169,7 +185,7 @@ NOT_COMPARED = {
     "eval_on_start": "The pipeline before training is judged too.",
 }
 
-COMMANDS = {"train": train, "compare": compare, "evaluate": evaluate, "check": check}
+COMMANDS = {"train": train, "compare": compare, "evaluate": evaluate, "check": check, "vote": vote}
 
 
 def _evaluators(arguments: EvaluateArguments) -> list[Any]:
@@ -261,4 +277,5 @@ def _maker(pipeline: str, config: LeapAlignConfig) -> Callable:
 def _rows(option: str, source: str | None, config: LeapAlignConfig, split: str = "train") -> Sequence[dict[str, Any]]:
     if source is None:
         raise ValueError(f"There are no prompts: set {option}.")
-    return load_prompts(_object(source)() if _is_object(source) else source, config.prompt_column, split)
+    source = _object(source)() if _is_object(source) else read_if_geneval(source, config.prompt_column)
+    return load_prompts(source, config.prompt_column, split)

@@ -8,6 +8,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from peft import LoraConfig
 from torch import Tensor
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
+from ..evaluation.evaluators import Evaluator, check_rows, named_rewards
 from ..evaluation.identity import Unidentifiable, identify, identify_pipeline
 from ..evaluation.scoring import score_pipeline
 from ..evaluation.settings import as_json, check_same_pipeline, check_unchanged, read_json, write_json
@@ -28,7 +30,7 @@ from ..leapalign_trainer import LeapAlignTrainer
 from ..media import as_text, save_sample
 from ..prompts.columns import CallColumns
 from ..ranges import Range
-from ..rewards import RewardFunction, RewardSet
+from ..rewards import NamedReward, RewardFunction, RewardSet
 from ..rollout.pipelines import quiet
 from ..training.guards import NothingLearnt
 from .report import BASE, Result, write_report
@@ -45,7 +47,7 @@ GIVEN: dict[str, Any] = {
 SHARED = (
     *GIVEN,
     *("num_train_epochs", "eval_num_steps", "per_device_eval_batch_size", "pipeline_columns"),
-    *("bf16", "fp16", "push_to_hub"),
+    *("bf16", "fp16", "push_to_hub", "reward_kwargs"),
 )
 """Settings that no run can have for itself: those, and those by which all runs are judged."""
 
@@ -148,9 +150,11 @@ class Comparison:
             raise ImportError(f'The report needs {" and ".join(missing)}: pip install "trl-leapalign[compare]".')
         if self.group_by is not None and any(self.group_by not in row for row in self.eval_rows):
             raise ValueError(f"group_by={self.group_by!r} is no column of all prompts to judge on.")
-        rewards = RewardSet(self.reward, self.config.reward_weights, self.config.reward_threshold)
-        object.__setattr__(self, "reward", rewards.functions)
-        object.__setattr__(self, "judges", RewardSet(rewards.functions if self.evaluators is None else self.evaluators))
+        named = named_rewards(self.reward, self.config.reward_kwargs)
+        check_rows(named, self.train_rows, self.tuning_rows, *([self.eval_rows] if self.evaluators is None else []))
+        rewards = RewardSet(named, self.config.reward_weights, self.config.reward_threshold)
+        object.__setattr__(self, "reward", _loaded(rewards, named))
+        object.__setattr__(self, "judges", RewardSet(self.reward if self.evaluators is None else self.evaluators))
         groups = {str(row[self.group_by]) for row in self.eval_rows} if self.group_by is not None else set()
         if taken := groups & {"mean", *self.judges.names}:
             raise ValueError(
@@ -250,7 +254,10 @@ class Comparison:
 
     def _made_with(self, job: Job) -> dict[str, Any]:
         """What a result follows from, as far as JSON can hold it."""
-        names = RewardSet(self.reward).names
+        names = [
+            item.made_with if isinstance(item, Evaluator) else name
+            for item, name in zip(self.reward, RewardSet(self.reward).names, strict=True)
+        ]
         known = {
             "code and weights of the judges": [_identity(judge) for judge in self.judges.functions],
             "pipeline": self.pipeline_name,
@@ -307,6 +314,7 @@ class Comparison:
     def _train(self, pipeline: DiffusionPipeline, config: LeapAlignConfig) -> list[dict[str, float]]:
         limit = [] if self.train_seconds is None else [TimeLimit(self.train_seconds)]
         arguments = {"train_dataset": self.train_rows, "peft_config": self.peft_config, "callbacks": limit}
+        config = replace(config, reward_kwargs=None)  # the rewards are loaded
         trainer = LeapAlignTrainer(pipeline, self.reward, config, **arguments)
         for callback in (PrinterCallback, ProgressCallback):
             trainer.remove_callback(callback)
@@ -361,6 +369,18 @@ class TimeLimit(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.left -= time.perf_counter() - self.start
         control.should_training_stop |= _agreed(self.left <= 0)
+
+
+def _loaded(rewards: RewardSet, named: Sequence[Any]) -> list[Any]:
+    """The rewards, those that were given by name still under it but loaded once for all runs."""
+    return [
+        replace(item, load=partial(_same, function)) if isinstance(item, NamedReward) else function
+        for item, function in zip(named, rewards.functions, strict=True)
+    ]
+
+
+def _same(value: Any) -> Any:
+    return value
 
 
 def _agreed(value: bool) -> bool:

@@ -4,7 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .evaluators import EVALUATORS, Evaluator, named_evaluator
+    from .evaluators import EVALUATORS, Evaluator, named_evaluator, named_rewards
     from .geneval.colors import ColorClassifier
     from .geneval.evaluator import GenEval
     from .geneval.mask2former import Mask2FormerDetector
@@ -36,6 +36,7 @@ _MODULES = {
     "compare_evaluations": "paired",
     "evaluate": "run",
     "named_evaluator": "evaluators",
+    "named_rewards": "evaluators",
     "parse_task": "geneval.metadata",
     "read_geneval": "geneval.metadata",
     "summarize_geneval": "geneval.rules",

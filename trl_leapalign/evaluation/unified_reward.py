@@ -65,10 +65,14 @@ class UnifiedReward(nn.Module):
         image_size (tuple[int, int] | None): height and width to squash images to first; Flow-GRPO and FlowBP use
             (512, 512). None leaves them as they are.
         max_new_tokens (int): how long an answer may get.
+        unparsed_score (float): score of an answer that has none. It is NaN in an evaluation, which counts such answers;
+            training, which a NaN stops, needs a number, such as 1.
 
     Raises:
         ValueError: if a setting is out of range or the model takes no images in Qwen's way.
     """
+
+    differentiable = False
 
     def __init__(
         self,
@@ -79,6 +83,7 @@ class UnifiedReward(nn.Module):
         score: str = "final",
         image_size: tuple[int, int] | None = None,
         max_new_tokens: int = 1024,
+        unparsed_score: float = math.nan,
     ):
         super().__init__()
         if not isinstance(prompt, str) or not prompt.strip():
@@ -105,6 +110,7 @@ class UnifiedReward(nn.Module):
         self.score = score
         self.image_size = image_size
         self.max_new_tokens = max_new_tokens
+        self.unparsed_score = unparsed_score
         self.warned = False
 
     @classmethod
@@ -147,10 +153,10 @@ class UnifiedReward(nn.Module):
             metadata (list[dict]): length B, unused.
 
         Returns:
-            tuple[Tensor, dict[str, Any]]: scores from 1 to 5, shape (B,), float32, NaN where the answer has none; and
-                "answer", the texts; "unparsed", 1 for answers without the score and 0 for others, shape (B,);
-                "score_or_zero", in which answers without a score count 0, as some published evaluations do; "final",
-                "alignment", "coherence" and "style", shape (B,), NaN where the answer does not have them.
+            tuple[Tensor, dict[str, Any]]: scores from 1 to 5, shape (B,), float32, `unparsed_score` where the answer
+                has none; and "answer", the texts; "unparsed", 1 for answers without the score and 0 for others, shape
+                (B,); "score_or_zero", in which answers without a score count 0, as some published evaluations do;
+                "final", "alignment", "coherence" and "style", shape (B,), NaN where the answer does not have them.
         """
         check_inputs(images, prompts, metadata, type(self).__name__)
         answers = [self.answer(image, prompt) for image, prompt in zip(to_pil(images), prompts, strict=True)]
@@ -159,8 +165,8 @@ class UnifiedReward(nn.Module):
         scores = values[self.score]
         unparsed = scores.isnan()
         self._warn(unparsed.tolist(), answers)
-        counted = {"unparsed": unparsed.float(), "score_or_zero": scores.nan_to_num(0.0)}
-        return scores, {"answer": answers, **counted, **values}
+        details = {"answer": answers, "unparsed": unparsed.float(), "score_or_zero": scores.nan_to_num(0.0), **values}
+        return scores.masked_fill(unparsed, self.unparsed_score), details
 
     @torch.no_grad()
     def answer(self, image: Image.Image, prompt: str) -> str:
@@ -214,8 +220,9 @@ class UnifiedReward(nn.Module):
             self.warned = True
             logger.warning(
                 f"{sum(unparsed)} of {len(unparsed)} answers have no {self.score} score, such as "
-                f"{answers[unparsed.index(True)][-200:]!r}. Their score is NaN, and the detail 'unparsed' counts them. "
-                "Check that the prompt is one this model knows, and that max_new_tokens is enough. This is said once."
+                f"{answers[unparsed.index(True)][-200:]!r}. Their score is {self.unparsed_score}, and the detail "
+                "'unparsed' counts them. Check that the prompt is one this model knows, and that max_new_tokens is "
+                "enough. This is said once."
             )
 
 
