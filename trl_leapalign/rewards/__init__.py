@@ -1,5 +1,6 @@
 from ..media import column_images
 from .aesthetic import AestheticScore
+from .black_box import BlackBox
 from .builtin import REWARDS, load_reward
 from .clip import CLIPReward, CLIPScore, PickScore
 from .hpsv2 import HPSv2
@@ -13,6 +14,7 @@ from .video import VideoReward
 __all__ = [
     "REWARDS",
     "AestheticScore",
+    "BlackBox",
     "CLIPReward",
     "CLIPScore",
     "HPSv2",
