@@ -6,7 +6,7 @@ latents (most pipelines have one) with a `Trajectory`. `trl_leapalign.rollout.ru
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import Generic, TypeVar
+from typing import ClassVar, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -113,7 +113,13 @@ PlanT = TypeVar("PlanT", bound=Plan)
 
 
 class Method(ABC, Generic[PlanT]):
-    """A way of turning the gradient of a reward into a gradient of the denoiser; `PlanT` is the plan that it draws."""
+    """A way of turning the gradient of a reward into a gradient of the denoiser; `PlanT` is the plan that it draws.
+
+    `ends_sampling` says whether what is rewarded comes from the end of the whole sampling, one image a sample; rewards
+    without gradient need it.
+    """
+
+    ends_sampling: ClassVar[bool] = True
 
     @abstractmethod
     def plan(self, schedule: Schedule, generator: torch.Generator | None) -> PlanT:

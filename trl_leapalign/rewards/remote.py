@@ -1,4 +1,4 @@
-"""A reward that a server computes: for evaluation."""
+"""A reward that a server computes."""
 
 import base64
 import io
@@ -29,7 +29,7 @@ TRIED_AGAIN = (408, 425, 429)
 
 
 class RemoteReward:
-    """Scores from an HTTP server. They carry no gradient: for evaluation, not for training.
+    """Scores from an HTTP server. They carry no gradient: training compares the samples of a prompt, as for BlackBox.
 
     Each call posts JSON {"images": [PNG in base64, ...], "prompts": [...], "metadata": [...]}, and expects
     {"scores": [number, ...]}, one an image. Redirects are not followed, as the scores would be another server's.
@@ -44,6 +44,8 @@ class RemoteReward:
     Raises:
         ValueError: if the url is none, or a setting is out of range.
     """
+
+    differentiable = False
 
     def __init__(self, url: str, *, timeout: float = 60.0, retries: int = 3):
         self.url, parts = without_credentials(str(url)), urlsplit(str(url))

@@ -28,8 +28,10 @@ logger = logging.getLogger(__name__)
 SAME = (
     *("sample_num_steps", "sample_guidance_scale", "sample_height", "sample_width", "sample_kwargs"),
     *("seed", "data_seed", "train_sampling_strategy", "samples_per_update", "draw_group_size"),
+    "reward_kwargs",
     *("full_finetuning", "base_penalty", "ema_decay", "bf16", "fp16"),
     *("optim", "optim_args", "learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon"),
+    *("samples_per_prompt", "pairs", "near_step", "near_noise", "difference_power", "normalize_rewards"),
     *("lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps"),
 )
 """Settings that must stay, beside method, prompts, pipeline and rewards: they decide what is optimised, and with which
