@@ -72,13 +72,13 @@ def test_images_prompts_and_metadata_are_posted(server):
         assert torch.equal(torch.tensor(pixels).permute(2, 0, 1), (image * 255).round().to(torch.uint8))
 
 
-def test_it_serves_evaluation_and_is_refused_in_training(server):
+def test_it_serves_evaluation_and_has_no_gradient(server):
     server.answers = [(200, {"scores": [1, 2]})] * 2
     reward, images = RewardSet(RemoteReward(server.url)), random_images(2, 3, 4, 4)
     with torch.no_grad():
         assert reward(images, PROMPTS, [{}, {}]).total.tolist() == [1, 2]
-    with pytest.raises(ValueError, match="'RemoteReward' is detached from the images"):
-        reward(images.requires_grad_(), PROMPTS, [{}, {}])
+    assert reward.black_boxes == ["RemoteReward"]
+    assert not reward(images.requires_grad_(), PROMPTS, [{}, {}]).rewards.requires_grad
 
 
 def test_failures_of_the_server_are_tried_again(server, pauses):
