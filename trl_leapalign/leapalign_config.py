@@ -1,5 +1,6 @@
 """LeapAlignConfig: every setting of a training run."""
 
+import copy
 import dataclasses
 import json
 import math
@@ -12,6 +13,7 @@ from transformers import TrainingArguments
 from .methods import METHODS, Method
 from .prompts.columns import COPIES, read_columns
 from .ranges import Range, check_bool
+from .redaction import plain
 
 RESERVED_SAMPLE_KWARGS = {
     "prompt": "prompts come from the dataset",
@@ -125,6 +127,9 @@ class LeapAlignConfig(TrainingArguments):
             Threshold lambda of each reward, on its own scale, or one number for a single reward: samples above it have
             no loss. None is the recommended one of each built-in reward and none for others; [None] is none, which
             maximises without end.
+        reward_kwargs (`dict`, *optional*):
+            By the name of a reward, settings with which it is loaded, JSON:
+            `{"geneval": {"detector": "mask2former.pth"}}`.
 
         > Parameters that control the prompts
 
@@ -247,6 +252,13 @@ class LeapAlignConfig(TrainingArguments):
             "none, which maximises without end."
         },
     )
+    reward_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "By the name of a reward, settings with which it is loaded, JSON: "
+            '`{"geneval": {"detector": "mask2former.pth"}}`.'
+        },
+    )
 
     # Parameters that control the prompts
     train_prompts: str | None = field(
@@ -299,8 +311,9 @@ class LeapAlignConfig(TrainingArguments):
                 self.max_steps = 300
         if self.learning_rate is None:
             self.learning_rate = 1e-5 if self.full_finetuning else 1e-4
-        for name in ("sample_kwargs", "method_kwargs", "model_init_kwargs"):
+        for name in ("sample_kwargs", "method_kwargs", "model_init_kwargs", "reward_kwargs"):
             setattr(self, name, read_dict(name, getattr(self, name)))
+        self.reward_kwargs = {name: read_dict(f"reward_kwargs[{name!r}]", v) for name, v in self.reward_kwargs.items()}
         for name in ("reward_weights", "reward_threshold"):
             value = getattr(self, name)
             if isinstance(value, Real) and not isinstance(value, bool):
@@ -366,10 +379,18 @@ class LeapAlignConfig(TrainingArguments):
         return {"num_inference_steps": num_steps or self.sample_num_steps, **given, **self.sample_kwargs}
 
     def to_dict(self) -> dict[str, Any]:
-        values = super().to_dict()
-        values["method"] = self.method if isinstance(self.method, str) else repr(self.method)
-        values["model_init_kwargs"] = {name: _jsonable(value) for name, value in self.model_init_kwargs.items()}
-        return values
+        described = copy.copy(self)  # TrainingArguments changes nested settings in place
+        for name in (option.name for option in dataclasses.fields(self) if option.init):
+            if isinstance(getattr(self, name), (dict, list, tuple)):
+                setattr(described, name, plain(getattr(self, name), name))
+        described.method = self.method if isinstance(self.method, str) else repr(self.method)
+        return plain(super(LeapAlignConfig, described).to_dict())
+
+    def __str__(self) -> str:
+        values = ",\n".join(f"    {name}={value!r}" for name, value in sorted(self.to_dict().items()))
+        return f"{type(self).__name__}(\n{values},\n)"
+
+    __repr__ = __str__
 
     def _refuse_unsupported(self) -> None:
         defaults = {option.name: option.default for option in dataclasses.fields(self)}
@@ -465,10 +486,6 @@ class LeapAlignConfig(TrainingArguments):
         if num_prompts is None:
             raise ValueError("A prompt_function has no end, so num_train_epochs means nothing. Set max_steps.")
         return math.ceil(self.num_train_epochs * num_prompts / self.samples_per_update)
-
-
-def _jsonable(value: Any) -> Any:
-    return value if isinstance(value, (str, int, float, bool, list, dict, type(None))) else str(value)
 
 
 def read_dict(name: str, value: Any) -> dict[str, Any]:

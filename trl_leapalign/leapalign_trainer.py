@@ -16,11 +16,13 @@ from peft import LoraConfig
 from torch import Tensor, nn
 from torch.utils.data import SequentialSampler
 from transformers import Trainer, TrainerCallback, set_seed
-from transformers.trainer_utils import HubStrategy, TrainOutput
+from transformers.trainer_utils import TrainOutput
 
 from .adapters.lora import prepare_denoisers, restored_on_error
-from .adapters.model_card import write_model_card
+from .adapters.model_card import TrainedModel, write_model_card
 from .adapters.saving import save_trained
+from .evaluation.evaluators import check_rows, named_rewards
+from .evaluation.rows import read_if_geneval
 from .evaluation.scoring import scored_batches
 from .leapalign_config import LeapAlignConfig
 from .media import on_cpu
@@ -63,6 +65,7 @@ from .training.guards import (
 from .training.losses import below_threshold, limit_sample_gradients, reward_loss
 from .training.metrics import MetricBuffer, merge, peak_memory_gib, saturated, summarise
 from .training.optimizers import EndInEvaluationMode, evaluation_mode, has_modes
+from .training.publishing import HubPushes
 from .training.resuming import base_weights, choose_checkpoint, describe_run, load_run
 
 MOST_IDLE_UPDATES = 10
@@ -72,7 +75,7 @@ MOST_SHOWN = 64
 ImageSamplesHook = Callable[[list[tuple], int, GeneralTracker | None], None]
 
 
-class LeapAlignTrainer(Trainer):
+class LeapAlignTrainer(HubPushes, Trainer):
     """Aligns a flow-matching pipeline with a differentiable reward, by LeapAlign or another direct-gradient method.
 
     Arguments are those of TRL's DDPOTrainer in a new order; the training loop is that of `transformers.Trainer`. After
@@ -123,6 +126,7 @@ class LeapAlignTrainer(Trainer):
         config = copy.copy(config) if config is not None else LeapAlignConfig()
         check_output_dir(config)
         set_seed(config.seed)
+        reward_function = named_rewards(reward_function, config.reward_kwargs)
         check_reward_settings(reward_function, config.reward_weights, config.reward_threshold)
         self.pipeline = load_pipeline(pipeline, config.device, config.model_init_kwargs)
         check_call_arguments(self.pipeline, ["prompt", "generator", *config.call_kwargs()])
@@ -131,12 +135,15 @@ class LeapAlignTrainer(Trainer):
         self.prompt_source = choose_prompts(
             config.prompt_column,
             prompt_function=prompt_function,
-            train_dataset=train_dataset,
-            train_prompts=config.train_prompts,
+            train_dataset=read_if_geneval(train_dataset, config.prompt_column),
+            train_prompts=read_if_geneval(config.train_prompts, config.prompt_column),
         )
         check_evaluation(config, self.rewards.names, eval_dataset)
-        eval_source = eval_dataset if eval_dataset is not None else config.eval_prompts
+        eval_source = read_if_geneval(
+            eval_dataset if eval_dataset is not None else config.eval_prompts, config.prompt_column
+        )
         eval_rows = load_prompts(eval_source, config.prompt_column, split="test") if eval_source is not None else None
+        check_rows(reward_function, self.prompt_source, eval_rows)
         self.columns = self._find_columns(config, eval_rows)
         config.max_steps = config.count_updates(None if callable(self.prompt_source) else len(self.prompt_source))
         check_best_model(config)
@@ -548,19 +555,22 @@ class LeapAlignTrainer(Trainer):
         if has_modes(self.optimizer):
             self._load_optimizer_and_scheduler(best)
 
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        pushing = getattr(self, "push_in_progress", None)
-        waits = pushing is not None and not pushing.is_done() and not self.args.hub_always_push
-        if self.args.hub_strategy != HubStrategy.END and not waits:
-            self._save(self.args.output_dir)
-            self.create_model_card()
-        super()._push_from_checkpoint(checkpoint_folder)
-
     def create_model_card(self, **metadata: Any) -> None:
         """Write the card of the trained weights into `output_dir`.
 
         Args:
             **metadata: arguments of `adapters.model_card.write_model_card`, such as `license` or `tags`.
         """
-        if self.is_world_process_zero():
-            write_model_card(self, Path(self.args.output_dir), **metadata)
+        if not self.is_world_process_zero():
+            return
+        trained = TrainedModel(
+            pipeline=self.pipeline,
+            denoisers=self.denoisers,
+            full_finetuning=self.args.full_finetuning,
+            repository=self.hub_model_id or Path(self.args.output_dir).name,
+            rewards=tuple(self.rewards.names),
+            method=repr(self.rollout_model.method),
+            prompt=self.train_dataset[0]["prompt"],
+            tags=self._tag_names,
+        )
+        write_model_card(trained, Path(self.args.output_dir), **metadata)

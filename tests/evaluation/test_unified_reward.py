@@ -37,9 +37,9 @@ ANSWERS = [
     ("So the Final Score: 4.", 4.0),
     ("Final Score: 2\nFinal Score: 5", 2.0),
     ("Final Score: <score> means a number. Final Score: 3", 3.0),
-    ("Final Score: 45", NAN),
-    ("Final Score: 0.9", NAN),
-    ("Final Score: 5.1", NAN),
+    ("Final Score: 45", 45.0),
+    ("Final Score: 0.9", 0.9),
+    ("Final Score: 10", 10.0),
     ("Final Score: -3", NAN),
     ("Final Score: 3-4", NAN),
     ("Final Score: 1 to 5", NAN),
@@ -70,7 +70,7 @@ def test_scores_of_three_axes():
         5.0,
     ]
     assert math.isnan(parse_score(answer))
-    assert math.isnan(parse_score("Style Score (1-5): 9", "style"))
+    assert parse_score("Style Score (1-5): 9", "style") == 9.0
     assert math.isnan(parse_score("Final Score: 4", "style"))
 
 
@@ -290,3 +290,18 @@ def test_models_of_another_kind_are_refused():
         UnifiedReward(tiny_qwen(), other, Qwen2VLImageProcessorPil())
     with pytest.raises(ValueError, match="UnifiedReward got 1 prompts for 2 images"):
         tiny_reward()(IMAGES[:2], ["a"], [{}] * 2)
+
+
+def test_the_conversation_is_that_of_the_chat_template():
+    reward = tiny_reward()
+    plain = reward._chat("Rate red ring.")
+    reward.tokenizer.chat_template = (
+        "{% for message in messages %}<|im_start|>{{ message['role'] }} {% for part in message['content'] %}"
+        "{{ '<|vision_start|><|image_pad|><|vision_end|>' if part['type'] == 'image' else part['text'] }}{% endfor %}"
+        "<|im_end|>{% endfor %}{{ '<|im_start|>assistant ' if add_generation_prompt }}"
+    )
+    assert reward._chat("Rate red ring.") == (
+        "<|im_start|>user <|vision_start|><|image_pad|><|vision_end|>Rate red ring.<|im_end|><|im_start|>assistant "
+    )
+    assert plain != reward._chat("Rate red ring.")
+    assert reward._chat("<|image_pad|>").count("<|image_pad|>") == 1

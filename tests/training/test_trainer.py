@@ -182,14 +182,13 @@ def test_first_update_is_the_one_computed_by_hand(tmp_path):
     assert (log["active_step_0"], log["active_step_1"]) == output.active_steps
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
-def test_a_batch_and_accumulated_samples_give_the_same_gradients(dtype, tolerance, tmp_path):
+def test_a_batch_and_accumulated_samples_give_the_same_gradients(tmp_path):
     gradients, weights, logs = [], [], []
     for batch_size, accumulation in ((4, 1), (2, 2), (1, 4)):
         recorder = Recorder()
         trainer = make_trainer(
             tmp_path,
-            tiny_flux().to(dtype),
+            tiny_flux().to(torch.float64),
             arguments={"callbacks": [recorder], "peft_config": LoraConfig(**ADAPTER)},
             per_device_train_batch_size=batch_size,
             gradient_accumulation_steps=accumulation,
@@ -203,8 +202,8 @@ def test_a_batch_and_accumulated_samples_give_the_same_gradients(dtype, toleranc
     assert len(gradients[0]) == 2
     for other in (1, 2):
         errors = [relative_error(gradients[other][update], gradients[0][update]) for update in (0, 1)]
-        assert max(errors) < tolerance
-        assert relative_error(weights[other], weights[0]) < tolerance
+        assert max(errors) < 1e-12
+        assert relative_error(weights[other], weights[0]) < 1e-12
         for update in (0, 1):
             for key in (
                 "loss",

@@ -16,11 +16,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from .lora import adapter_name
+from ..markdown import literal
+from .lora import DENOISER_PREFIXES, adapter_name
 
 logger = logging.getLogger(__name__)
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
+PEFT_PREFIX = "base_model.model."
 
 
 def lora_state_dict(denoiser: nn.Module) -> tuple[dict[str, Tensor], dict]:
@@ -91,17 +93,27 @@ def loading_lines(pipeline: DiffusionPipeline, denoisers: dict[str, nn.Module], 
         list[str]: lines of Python, in which the pipeline is called so.
     """
     if saved_by_pipeline(pipeline, denoisers):
-        return [f'pipeline.load_lora_weights("{source}")']
+        return [f"pipeline.load_lora_weights({literal(source)})"]
     own = [name for name, denoiser in denoisers.items() if isinstance(denoiser, PeftAdapterMixin)]
+    written = literal(source)
     return [
         *(["from peft import PeftModel"] if len(own) < len(denoisers) else []),
         *(
-            f'pipeline.{name}.load_lora_adapter("{source}", subfolder="{name}", prefix=None, use_safetensors=True)'
+            f'pipeline.{name}.load_lora_adapter({written}, subfolder="{name}", weight_name="{LORA_FILE}", '
+            f'prefix="{lora_prefix(name)}")'
             if name in own
-            else f'PeftModel.from_pretrained(pipeline.{name}, "{source}", subfolder="{name}")'
+            else f'PeftModel.from_pretrained(pipeline.{name}, {written}, subfolder="{name}")'
             for name in denoisers
         ),
     ]
+
+
+def lora_prefix(name: str) -> str:
+    """What the keys of a component's LoRA weights begin with: of a second transformer too, that of the first.
+
+    So each folder is also one that the pipeline's own `load_lora_weights` and other tools read.
+    """
+    return next((prefix for prefix in DENOISER_PREFIXES if name.startswith(prefix)), name)
 
 
 def saved_by_pipeline(pipeline: DiffusionPipeline, denoisers: dict[str, nn.Module]) -> bool:
@@ -130,10 +142,13 @@ def _save_for_modules(
         folder.mkdir(parents=True, exist_ok=True)
         if isinstance(denoisers[name], PeftAdapterMixin):
             file = folder / LORA_FILE
+            prefix = lora_prefix(name)
+            weights = {f"{prefix}.{key}": value for key, value in weights.items()}
+            config = {f"{prefix}.{key}": value for key, value in config.items()}
             metadata = {"format": "pt", LORA_ADAPTER_METADATA_KEY: json.dumps(config, default=list)}
         else:
             file = folder / SAFETENSORS_WEIGHTS_NAME
-            weights = {f"base_model.model.{key}": value for key, value in weights.items()}
+            weights = {f"{PEFT_PREFIX}{key}": value for key, value in weights.items()}
             metadata = {"format": "pt"}
             LoraConfig(**config).save_pretrained(folder)
         save_file(weights, file, metadata=metadata)

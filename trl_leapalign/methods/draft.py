@@ -11,7 +11,7 @@ from .flow import leap
 
 
 @dataclass(frozen=True)
-class DRaFT(Method):
+class DRaFT(Method[Plan]):
     """Differentiate the last K steps as they are: denoiser, its input and the solver's own step; w = 1.
 
     K = 1 is DRaFT-1, all steps are full back-propagation, whose memory grows with K. With `random_truncation` it is
@@ -28,7 +28,7 @@ class DRaFT(Method):
     num_last_steps: int | None = 1
     random_truncation: bool = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.num_last_steps is not None:
             Range(1, whole=True).check("DRaFT: num_last_steps", self.num_last_steps)
         check_bool("DRaFT: random_truncation", self.random_truncation)
@@ -42,7 +42,7 @@ class DRaFT(Method):
                 "sampling steps, or num_last_steps=None for all."
             )
         if self.random_truncation:
-            count = 1 + torch.randint(count, (), generator=generator).item()
+            count = 1 + int(torch.randint(count, (), generator=generator).item())
         return Plan(tuple(range(levels[-count], schedule.num_steps)), through_solver=True)
 
     def follow(self, plan: Plan, schedule: Schedule) -> Trajectory:
@@ -52,8 +52,7 @@ class DRaFT(Method):
 class SolverTrajectory(Trajectory):
     """Leaves the solver's graph as it is."""
 
-    def __init__(self):
-        self.end: Tensor | None = None
+    end: Tensor
 
     def enter(self, step: int, latents: Tensor) -> Tensor:
         self.end = latents
@@ -67,7 +66,7 @@ class SolverTrajectory(Trajectory):
 
 
 @dataclass(frozen=True)
-class DRaFTLV(Method):
+class DRaFTLV(Method[Plan]):
     """DRaFT-LV: the last step's gradient, averaged over new noise (Alg. 1 of the paper, n copies).
 
     The last step is differentiated as in DRaFT-1. Then n times new noise is put on the clean latents, at the last
@@ -87,7 +86,7 @@ class DRaFTLV(Method):
 
     num_copies: int = 2
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         Range(1, whole=True).check("DRaFT-LV: num_copies", self.num_copies)
 
     def plan(self, schedule: Schedule, generator: torch.Generator | None) -> Plan:

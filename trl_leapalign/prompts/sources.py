@@ -9,16 +9,13 @@ from typing import Any, TypeAlias
 import datasets
 import numpy as np
 import torch
-from datasets.exceptions import DatasetGenerationError
 from torch.utils.data import Dataset, get_worker_info
 
+from .files import DATA_FILES, read_file
 from .seeds import Purpose, derive_seed, seeded
 
 PromptFunction: TypeAlias = Callable[[], tuple[str, dict[str, Any]]]
 PromptSource: TypeAlias = str | Path | Sequence[str] | Sequence[dict[str, Any]] | datasets.Dataset
-
-TEXT_FILES = (".txt", "")
-DATA_FILES = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
 def load_prompts(source: PromptSource, prompt_column: str = "prompt", split: str = "train") -> datasets.Dataset | list:
@@ -50,7 +47,19 @@ def load_prompts(source: PromptSource, prompt_column: str = "prompt", split: str
     for index, prompt in enumerate(prompts):
         if not isinstance(prompt, str) or not prompt.strip():
             raise ValueError(f"Prompt {index} is {prompt!r}; every row needs a text that is not empty.")
+        check_text(prompt, f"Prompt {index}")
     return rows
+
+
+def check_text(text: str, name: str) -> None:
+    """Raise ValueError if a text has half of a surrogate pair, which no tokenizer and no file takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{name} is no whole Unicode: {text!a:.200} has half of a surrogate pair at {error.start}. Mend the "
+            "text where it comes from, or drop the character: text.encode(errors='ignore').decode()."
+        ) from None
 
 
 def choose_prompts(
@@ -93,7 +102,8 @@ def _read(source: PromptSource, prompt_column: str, split: str) -> datasets.Data
     if isinstance(source, datasets.DatasetDict):
         raise TypeError(f"Got a DatasetDict with the splits {list(source)}; pass one of them.")
     if isinstance(source, datasets.Dataset):
-        return source
+        frames = source.format["type"] in ("pandas", "polars", "arrow")  # rows would be tables
+        return source.with_format(None) if frames else source
     if isinstance(source, Sequence):
         return [{prompt_column: row} if not isinstance(row, dict) else row for row in source]
     raise TypeError(
@@ -106,7 +116,7 @@ def _read_path(source: str, prompt_column: str, split: str) -> datasets.Dataset 
     path = Path(source)
     suffix = path.suffix.lower()
     if path.is_file():
-        return _read_file(path, suffix, prompt_column)
+        return read_file(path, prompt_column)
     if path.is_dir() and source:
         raise ValueError(f"{source!r} is a folder. Give a file in it, or a Dataset that datasets has loaded from it.")
     if suffix in (".txt", *DATA_FILES):
@@ -116,21 +126,6 @@ def _read_path(source: str, prompt_column: str, split: str) -> datasets.Dataset 
             f"{source!r} is neither a file nor the id of a dataset. A single prompt must be a list: [...]."
         )
     return datasets.load_dataset(source, split=split)
-
-
-def _read_file(path: Path, suffix: str, prompt_column: str) -> datasets.Dataset | list[dict[str, Any]]:
-    if suffix not in (*TEXT_FILES, *DATA_FILES):
-        raise ValueError(
-            f"The prompt file {str(path)!r} is of no known kind. Give text with one prompt a line as .txt, or "
-            f"{', '.join(DATA_FILES)}."
-        )
-    try:
-        if suffix in DATA_FILES:
-            return datasets.load_dataset(DATA_FILES[suffix], data_files=str(path), split="train")
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except (DatasetGenerationError, StopIteration, ValueError) as error:
-        raise ValueError(f"The prompt file {str(path)!r} is empty, broken or not in UTF-8: {error}") from error
-    return [{prompt_column: line.strip()} for line in lines if line.strip()]
 
 
 class PromptStream(Dataset):
@@ -282,6 +277,7 @@ def call_prompt_function(function: PromptFunction, seed: int) -> tuple[str, dict
             f"prompt_function must return (prompt, metadata) with a prompt that is not empty, but returned {result!r}."
         )
     prompt, metadata = result
+    check_text(prompt, "The prompt of prompt_function")
     if not isinstance(metadata, dict):
         raise TypeError(f"prompt_function must return its metadata as a dict, but returned {metadata!r}.")
     return prompt, metadata

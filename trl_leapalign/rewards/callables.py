@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from torch import Tensor, nn
@@ -13,8 +14,23 @@ RewardFunction: TypeAlias = Callable[[Tensor, list[str], list[dict[str, Any]]], 
 (B, F, 3, H, W), returns rewards (B,), or these and a dict of things to report."""
 
 
+@dataclass(frozen=True)
+class NamedReward:
+    """A reward function under a name, loaded when it is needed.
+
+    Args:
+        name (str): what it is called in logs.
+        load (Callable[[], RewardFunction]): returns it.
+    """
+
+    name: str
+    load: Callable[[], RewardFunction]
+
+
 def check_callable(function: Any) -> None:
-    """Raise TypeError unless something can be called as a reward function."""
+    """Raise TypeError unless something can be called as a reward function, or will be loaded as one."""
+    if isinstance(function, NamedReward):
+        return
     if isinstance(function, type):
         raise TypeError(f"The reward {function.__name__} is a class. Pass an instance of it: {function.__name__}(...).")
     if not callable(function):
@@ -31,10 +47,12 @@ def check_callable(function: Any) -> None:
         ) from error
 
 
-def name_of(function: RewardFunction | str) -> str:
+def name_of(function: RewardFunction | NamedReward | str) -> str:
     """Return what a reward function is called in logs."""
     if isinstance(function, str):
         return function
+    if isinstance(function, NamedReward):
+        return function.name
     return getattr(function, "__name__", type(function).__name__).replace("<lambda>", "lambda")
 
 

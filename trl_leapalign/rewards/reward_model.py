@@ -63,13 +63,7 @@ class RewardModel(nn.Module):
         check_inputs(images, prompts, None, type(self).__name__, self.reads_prompts)
         with torch.autocast(images.device.type, enabled=False):
             images = at_least_float32(images)
-            texts = [self._encoded(prompt) for prompt in prompts]
-            size = self.batch_size or len(images)
-            scores = [
-                self._score(images[start : start + size], texts[start : start + size])
-                for start in range(0, len(images), size)
-            ]
-        return at_least_float32(torch.cat(scores))
+            return self._score_all(images, [self._encoded(prompt) for prompt in prompts])
 
     def score(self, images: Tensor, texts: Sequence[Any]) -> Tensor:
         """Score images of one micro-batch.
@@ -93,6 +87,13 @@ class RewardModel(nn.Module):
             Any: what `score` needs of it.
         """
         return None
+
+    def _score_all(self, images: Tensor, texts: Sequence[Any]) -> Tensor:
+        """Score all images, a micro-batch at a time."""
+        size = self.batch_size or len(images)
+        starts = range(0, len(images), size)
+        scores = [self._score(images[start : start + size], texts[start : start + size]) for start in starts]
+        return at_least_float32(torch.cat(scores))
 
     def _score(self, images: Tensor, texts: Sequence[Any]) -> Tensor:
         if self.activation_checkpointing and torch.is_grad_enabled():

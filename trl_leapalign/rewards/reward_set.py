@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from ..ranges import Range
-from .builtin import check_reward_name, load_reward
-from .callables import RewardFunction, check_callable, check_rewards, name_of
+from .builtin import check_reward_name, load_named
+from .callables import NamedReward, RewardFunction, check_callable, check_rewards, name_of
 from .reward_model import RewardModel
 
 
@@ -36,7 +36,7 @@ class RewardSet:
 
     Args:
         functions (RewardFunction | str | Sequence[RewardFunction | str]): the reward function or functions. A name is
-            one of `REWARDS`, which is loaded.
+            one of `REWARDS`, which is loaded, and so is a `NamedReward`.
         weights (Sequence[float] | None): c_m of each; None is 1 for each.
         thresholds (Sequence[float | None] | None): lambda_m of each, on its own scale; None in the list is none. None
             for the list is the recommended one of each built-in reward, and none for others.
@@ -57,7 +57,7 @@ class RewardSet:
         listed = check_reward_settings(functions, weights, thresholds)
         self.weights = [1.0] * len(listed) if weights is None else list(weights)
         self.names = _unique([name_of(function) for function in listed])
-        self.functions = [load_reward(item) if isinstance(item, str) else item for item in listed]
+        self.functions = [load_named(item) for item in listed]
         self.thresholds = list(map(_threshold, self.functions)) if thresholds is None else list(thresholds)
 
     def prepare(self, device: torch.device) -> None:
@@ -106,7 +106,9 @@ class RewardSet:
         return Scores(rewards, total, metrics, details)
 
 
-def check_reward_settings(functions: Any, weights: Any = None, thresholds: Any = None) -> list[RewardFunction | str]:
+def check_reward_settings(
+    functions: Any, weights: Any = None, thresholds: Any = None
+) -> list[RewardFunction | NamedReward | str]:
     """Check what a `RewardSet` is made of, before anything is loaded.
 
     Args:
@@ -115,7 +117,7 @@ def check_reward_settings(functions: Any, weights: Any = None, thresholds: Any =
         thresholds (Any): should be a list of numbers or None, one a reward, or None.
 
     Returns:
-        list[RewardFunction | str]: the reward functions and names.
+        list[RewardFunction | NamedReward | str]: the reward functions and names.
 
     Raises:
         TypeError: if something is of the wrong kind.

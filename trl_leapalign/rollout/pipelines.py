@@ -75,7 +75,7 @@ def check_pipeline(pipeline: DiffusionPipeline) -> None:
 
 
 def _is_offloaded(module: nn.Module) -> bool:
-    registries = [part._diffusers_hook for part in module.modules() if hasattr(part, "_diffusers_hook")]
+    registries: list[Any] = [part._diffusers_hook for part in module.modules() if hasattr(part, "_diffusers_hook")]
     return getattr(module, "_hf_hook", None) is not None or any("group_offloading" in r.hooks for r in registries)
 
 

@@ -84,18 +84,18 @@ class Recorder:
         original, recorder = type(scheduler), self
 
         @functools.wraps(original.set_timesteps)
-        def set_timesteps(self, *args, **kwargs):
+        def set_timesteps(self: Any, *args: Any, **kwargs: Any) -> None:
             original.set_timesteps(self, *args, **kwargs)
             recorder.schedulers[id(self)] = self
             recorder.start(self, recorder.first_index)
 
         @functools.wraps(original.step)
-        def step(self, *args, **kwargs):
+        def step(self: Any, *args: Any, **kwargs: Any) -> Any:
             recorder.schedulers[id(self)] = self
             bound = inspect.signature(original.step).bind(self, *args, **kwargs)
             return recorder.step(self, original.step, bound)
 
-        def set_begin_index(self, begin_index=0):
+        def set_begin_index(self: Any, begin_index: int = 0) -> None:
             original.set_begin_index(self, begin_index)
             recorder.start(self, begin_index)
 
@@ -227,7 +227,7 @@ class Recorder:
             metrics={
                 key: torch.stack([outcome.metrics[key] for outcome in outcomes]).mean(0) for key in outcomes[0].metrics
             },
-            latents=tuple(stream.latest for stream in streams),
+            latents=tuple(stream.latest for stream in streams if stream.latest is not None),
         )
 
 

@@ -111,7 +111,7 @@ class RolloutModel(nn.Module):
 
     def sample(self, prompts: list[str], indices: list[int], metadata: Sequence[Mapping[str, Any]] = ()) -> Tensor:
         """Call the pipeline itself, for the images of `forward` with a method that rewards the sampler's own."""
-        given = {"columns": self.columns, "metadata": metadata, "purpose": Purpose.NOISE}
+        given: dict[str, Any] = {"columns": self.columns, "metadata": metadata, "purpose": Purpose.NOISE}
         with quiet(self.pipeline):
             return sample_images(self.pipeline, prompts, indices, self.call_kwargs, self.seed, **given)
 

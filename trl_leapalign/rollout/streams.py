@@ -95,12 +95,15 @@ class Stream:
 
     def with_noise(self, noise: Tensor) -> Tensor:
         """The clean latents at the time of the last step."""
+        assert self.clean is not None, "noise is put on clean latents, which are there after the last step"
         time, interpolant = self.schedule.times[-2], self.schedule.interpolant
         return interpolant.alpha(time) * self.clean.detach() + interpolant.beta(time) * noise
 
 
 class Timesteps(Tensor):
     """Timesteps that a loop goes through as far as a stream needs, and beyond for its copies."""
+
+    stream: Callable[[], Stream]
 
     @staticmethod
     def of(timesteps: Tensor, stream: Callable[[], Stream]) -> "Timesteps":
@@ -118,7 +121,7 @@ class Timesteps(Tensor):
             yield timestep
 
     @classmethod
-    def __torch_function__(cls, function, types, args=(), kwargs=None):
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Parts of it, and copies on a device, are such timesteps too; all else that is computed is a plain tensor."""
         with torch._C.DisableTorchFunctionSubclass():
             result = function(*args, **(kwargs or {}))
