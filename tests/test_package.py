@@ -29,7 +29,9 @@ ALLOWED = {
     "leapalign_config": {"ranges", "prompts", "methods"},
     "training": {"media", "ranges", "prompts", "methods", "rewards", "rollout", "adapters", "leapalign_config"},
     "evaluation": {"media", "ranges", "prompts", "rewards", "rollout", "adapters"},
-    "leapalign_trainer": {"media", "prompts", "rewards", "rollout", "adapters", "training", "evaluation", "leapalign_config"},
+    "leapalign_trainer": {
+        *("media", "prompts", "rewards", "rollout", "adapters", "training", "evaluation", "leapalign_config")
+    },
     "comparison": {
         *("media", "ranges", "prompts", "rewards", "rollout", "training", "evaluation", "leapalign_config"),
         "leapalign_trainer",
