@@ -117,7 +117,7 @@ def test_what_is_imported_is_declared():
                 found |= {alias.name.partition(".")[0] for alias in node.names}
             elif isinstance(node, ast.ImportFrom) and not node.level:
                 found.add(node.module.partition(".")[0])
-    distributions = {"PIL": "pillow"}
+    distributions = {"PIL": "pillow", "yaml": "pyyaml"}
     others = {"ftfy", "trl_leapalign"}  # ftfy is used if it is there
     assert {"PIL", "torch", "scipy"} <= found
     undeclared = {distributions.get(name, name) for name in found - sys.stdlib_module_names} - declared - others

@@ -111,12 +111,12 @@ def compare(options: list[str]) -> None:
 def evaluate(options: list[str]) -> None:
     """Evaluate a pipeline, or compare evaluations, and print the table."""
     from accelerate import PartialState
-    from trl import TrlParser
 
     from ..evaluation import compare_evaluations
     from ..evaluation import evaluate as run
+    from .parsing import OptionParser
 
-    [arguments] = TrlParser(EvaluateArguments).parse_args_and_config(options)
+    [arguments] = OptionParser(EvaluateArguments).parse_args_and_config(options)
     if arguments.compare:
         comparison = compare_evaluations(arguments.compare)
         print(comparison.markdown())
@@ -212,9 +212,9 @@ def _evaluators(arguments: EvaluateArguments) -> list[Any]:
 
 
 def _parse(kind: type, options: list[str], **defaults: Any) -> tuple[Any, LeapAlignConfig]:
-    from trl import TrlParser
+    from .parsing import OptionParser
 
-    parser = TrlParser((kind, LeapAlignConfig))
+    parser = OptionParser((kind, LeapAlignConfig))
     parser.set_defaults(**defaults)
     return parser.parse_args_and_config(options)
 

@@ -164,9 +164,9 @@ class Comparison:
     def _check_run(self, name: str) -> None:
         settings = self.runs[name]
         wrong = set(settings) & set(SHARED)
-        if name in (BASE, "", ".", "..") or "/" in name or wrong:
+        if name in (BASE, "", ".", "..") or "/" in name or not name.isprintable() or len(name.encode()) > 200 or wrong:
             raise ValueError(
-                f"The run {name!r} with {settings} cannot be compared: it is called {BASE!r}, its name is no name "
+                f"The run {name!r:.250} with {settings} cannot be compared: it is called {BASE!r}, its name is no name "
                 f"of a folder, or it sets what all runs share ({', '.join(SHARED)})."
             )
         configs = [self.config_of(Job(name, seed)) for seed in (self.tuning_seed, *self.seeds)]

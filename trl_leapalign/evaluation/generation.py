@@ -77,6 +77,11 @@ class Generation:
         for name in self.call_kwargs.keys() & RESERVED:
             remedy = f"Set {RESERVED[name]} instead." if RESERVED[name] else "Leave it out."
             raise ValueError(f"call_kwargs has {name!r}, which the evaluation sets itself. {remedy}")
+        for name in ("num_inference_steps", "height", "width"):
+            if self.call_kwargs.get(name) is not None:
+                Range(1, whole=True).check(name, self.call_kwargs[name])
+        if self.call_kwargs.get("guidance_scale") is not None:
+            Range().check("guidance_scale", self.call_kwargs["guidance_scale"])
         if self.adapter is not None and isinstance(self.source, DiffusionPipeline):
             raise ValueError(
                 "adapter is for a pipeline given by name or as a function that returns it. Load it yourself: "

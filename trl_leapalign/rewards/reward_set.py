@@ -1,9 +1,10 @@
 """The one contract of rewards, and the checks that a reward function keeps it."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -265,12 +266,25 @@ def check_finite(scores: Scores, names: list[str], prompts: list[str]) -> None:
 
 
 def _detach(value: Any) -> Any:
-    return value.detach() if isinstance(value, Tensor) else value
+    """The same without graphs, all the way down: what is kept of a batch must not keep its activations."""
+    if isinstance(value, Tensor):
+        return value.detach()
+    if isinstance(value, dict):
+        return {key: _detach(each) for key, each in value.items()}
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*map(_detach, value))
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return type(value)(map(_detach, value))
+    if is_dataclass(value) and not isinstance(value, type):
+        return {each.name: _detach(getattr(value, each.name)) for each in fields(value)}
+    return value
 
 
 def _numbers(extra: dict[str, Any], images: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """The entries to log: numbers, and tensors of one value or one a sample."""
+    """The entries to log: numbers, and tensors or arrays of one value or one a sample."""
     for key, value in extra.items():
+        if isinstance(value, (np.ndarray, np.generic)) and value.dtype.kind in "biuf":
+            value = torch.from_numpy(np.array(value, dtype=np.float64))
         if isinstance(value, (int, float)):
             yield key, torch.tensor(float(value), device=images.device)
         elif isinstance(value, Tensor) and value.shape in ((), (1,), (len(images),)):

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..adapters.lora import DENOISER_PREFIXES, trained_parameters
 from ..prompts.columns import takes_images
 from ..rewards import RewardSet, Scores, check_finite
+from ..rollout.pipelines import components_of
 from ..rollout.recorder import RolloutOutput
 from ..rollout.rollout_model import RolloutModel, end_latents, for_copies
 
@@ -91,6 +92,13 @@ def _missing_images_named(model: RolloutModel) -> Iterator[None]:
         missing = [name for name in takes_images(model.pipeline) if name not in given]
         if not any(clue in str(error) for clue in ("None", *missing)) or not missing or not _is_foreign(error):
             raise
+        optional = getattr(model.pipeline, "_optional_components", [])
+        absent = [name for name, part in components_of(model.pipeline).items() if part is None and name not in optional]
+        if absent and "None" in str(error):
+            raise ValueError(
+                f"{type(model.pipeline).__name__} failed with {type(error).__name__}: {error}. Its "
+                f"{', '.join(absent)} is None. Load the whole pipeline, or set what is missing."
+            ) from error
         raise ValueError(
             f"{type(model.pipeline).__name__} failed with {type(error).__name__}: {error}. It was called without "
             f"{', '.join(missing)}, which it takes images as. If it needs one, give the prompts a column called so, or "
@@ -103,7 +111,7 @@ def _is_foreign(error: Exception) -> bool:
     trace = error.__traceback__
     while trace.tb_next is not None:
         trace = trace.tb_next
-    return not trace.tb_frame.f_globals.get("__name__", "").startswith(__package__)
+    return not trace.tb_frame.f_globals.get("__name__", "").startswith(__package__.partition(".")[0])
 
 
 def check_gradients(
