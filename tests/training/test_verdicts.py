@@ -22,7 +22,7 @@ pytestmark = pytest.mark.skipif(not hasattr(rewards, "BlackBox"), reason="traini
 
 TASK = {"tag": "single_object", "include": [{"class": "motorcycle", "count": 1}], "prompt": "a red circle"}
 SETTINGS = {"per_device_train_batch_size": 4, "learning_rate": 1e-2}
-PAIRS = {"per_device_train_batch_size": 2}
+PAIRS = {"per_device_train_batch_size": 2, "samples_per_prompt": 2}
 HELD_OUT = range(100, 148)
 
 
