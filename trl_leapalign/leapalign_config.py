@@ -34,7 +34,14 @@ NUMBERS = {
         Range(1, whole=True),
     ),
     **dict.fromkeys(
-        ("sample_num_steps", "eval_num_steps", "sample_height", "sample_width", "draw_group_size"),
+        (
+            "sample_num_steps",
+            "eval_num_steps",
+            "sample_height",
+            "sample_width",
+            "draw_group_size",
+            "samples_per_prompt",
+        ),
         Range(1, whole=True),
     ),
     "num_train_epochs": Range(0, excluded=True),
@@ -44,6 +51,9 @@ NUMBERS = {
     "ema_decay": Range(0, 1, excluded=True),
     "base_penalty": Range(0, excluded=True),
     "max_sample_grad_norm": Range(0, excluded=True),
+    "near_step": Range(1, whole=True),
+    "near_noise": Range(0, 1, excluded=True),
+    "difference_power": Range(0),
 }
 """Where each numeric setting lies, unless it is None by default and left so."""
 METRIC_SCHEDULERS = ("reduce_lr_on_plateau", "greedy")
@@ -124,6 +134,25 @@ class LeapAlignConfig(TrainingArguments):
         reward_kwargs (`dict`, *optional*):
             By the name of a reward, settings with which it is loaded, JSON:
             `{"geneval": {"detector": "mask2former.pth"}}`.
+        normalize_rewards (`bool`, *optional*, defaults to `False`):
+            Divide each reward's loss by its standard deviation over the samples of a prompt, so that the scales of
+            several rewards do not decide.
+
+        > Parameters that control rewards without gradient
+
+        samples_per_prompt (`int`, *optional*):
+            Consecutive samples that share a prompt; those rewarded at a time (on all processes) must be a multiple.
+            None is 4 if a reward has no gradient, else 1.
+        pairs (`str`, *optional*):
+            "far" gives each sample noise of its own; "near" lets those of a prompt share the steps before `near_step`
+            and part there. None is "far".
+        near_step (`int`, *optional*):
+            Step at which near pairs part, from 1 on. None is 1.
+        near_noise (`float`, *optional*):
+            Share rho in (0, 1) of new noise with which near pairs part. None is 0.7.
+        difference_power (`float`, *optional*):
+            Power p in (r_a - r_b) (x_a - x_b) / |x_a - x_b|^p, which stands in for the gradient of a reward without
+            one: 2 is a finite difference. None is 1.
 
         > Parameters that control the prompts
 
@@ -251,6 +280,43 @@ class LeapAlignConfig(TrainingArguments):
         metadata={
             "help": "By the name of a reward, settings with which it is loaded, JSON: "
             '`{"geneval": {"detector": "mask2former.pth"}}`.'
+        },
+    )
+    normalize_rewards: bool = field(
+        default=False,
+        metadata={
+            "help": "Divide each reward's loss by its standard deviation over the samples of a prompt, so that the "
+            "scales of several rewards do not decide."
+        },
+    )
+
+    # Parameters that control rewards without gradient
+    samples_per_prompt: int | None = field(
+        default=None,
+        metadata={
+            "help": "Consecutive samples that share a prompt; those rewarded at a time (on all processes) must be a "
+            "multiple. None is 4 if a reward has no gradient, else 1."
+        },
+    )
+    pairs: str | None = field(
+        default=None,
+        metadata={
+            "help": '"far" gives each sample noise of its own; "near" lets those of a prompt share the steps before '
+            '`near_step` and part there. None is "far".'
+        },
+    )
+    near_step: int | None = field(
+        default=None, metadata={"help": "Step at which near pairs part, from 1 on. None is 1."}
+    )
+    near_noise: float | None = field(
+        default=None,
+        metadata={"help": "Share rho in (0, 1) of new noise with which near pairs part. None is 0.7."},
+    )
+    difference_power: float | None = field(
+        default=None,
+        metadata={
+            "help": "Power p in (r_a - r_b) (x_a - x_b) / |x_a - x_b|^p, which stands in for the gradient of a reward "
+            "without one: 2 is a finite difference. None is 1."
         },
     )
 
@@ -395,8 +461,15 @@ class LeapAlignConfig(TrainingArguments):
                 allowed.check(name, getattr(self, name))
         if self.max_steps != -1:
             Range(1, whole=True).check("max_steps", self.max_steps)
-        for name in ("full_finetuning", "dry_run"):
+        for name in ("full_finetuning", "dry_run", "normalize_rewards"):
             check_bool(name, getattr(self, name))
+        if self.pairs not in (None, "far", "near"):
+            raise ValueError(f"pairs={self.pairs!r} is unknown; choose 'far' or 'near'.")
+        for name in ("near_step", "near_noise"):
+            if getattr(self, name) is not None and self.pairs != "near":
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} is for near pairs. Set pairs='near', or leave it out."
+                )
         if not isinstance(self.prompt_column, str):
             raise ValueError(f"prompt_column={self.prompt_column!r} must be the name of a column.")
         for name, reason in RESERVED_SAMPLE_KWARGS.items():

@@ -32,10 +32,11 @@ from .rewards import RewardFunction, RewardSet, Scores, check_finite
 from .rewards.reward_set import check_reward_settings
 from .rollout.pipelines import check_call_arguments, load_pipeline, quiet
 from .rollout.recorder import RolloutOutput
-from .rollout.rollout_model import RolloutModel, for_copies
+from .rollout.rollout_model import RolloutModel, end_latents, for_copies
 from .training.callbacks import WeightAverage
 from .training.checkpoints import last_checkpoint, load_run, save_run
 from .training.dry_run import DryRun, dry_run
+from .training.groups import Compared, FlatUpdates, Groups
 from .training.guards import NothingLearnt, check_evaluation, check_kinds, check_optimizer, check_weights
 from .training.losses import below_threshold, limit_sample_gradients, reward_loss
 from .training.metrics import MetricBuffer, merge, peak_memory_gib, saturated, summarise
@@ -57,7 +58,7 @@ class LeapAlignTrainer(Trainer):
         reward_function (RewardFunction | str | Sequence[RewardFunction | str]): `reward(images, prompts, metadata)`
             with images (B, 3, H, W) in [0, 1] that carry the graph, or video (B, F, 3, H, W), returns differentiable
             rewards (B,), or these and a dict to report; or the name of a built-in reward, such as "hpsv2.1". Several
-            are weighted by `config.reward_weights`.
+            are weighted by `config.reward_weights`. `BlackBox(reward)` is one without gradient.
         config (LeapAlignConfig | None): settings.
         prompt_function (PromptFunction | None): returns a prompt and its metadata; in place of a dataset.
         image_samples_hook (ImageSamplesHook | None): called as `hook(image_data, global_step, tracker)` when training
@@ -107,6 +108,7 @@ class LeapAlignTrainer(Trainer):
             train_dataset=read_if_geneval(train_dataset, config.prompt_column),
             train_prompts=read_if_geneval(config.train_prompts, config.prompt_column),
         )
+        self.groups = Groups.of(config, self.rewards, config.build_method())
         check_evaluation(config, self.rewards.names, eval_dataset)
         eval_source = read_if_geneval(
             eval_dataset if eval_dataset is not None else config.eval_prompts, config.prompt_column
@@ -114,7 +116,8 @@ class LeapAlignTrainer(Trainer):
         eval_rows = load_prompts(eval_source, config.prompt_column, split="test") if eval_source is not None else None
         check_rows(reward_function, self.prompt_source, eval_rows)
         self.columns = self._find_columns(config, eval_rows)
-        config.max_steps = config.count_updates(None if callable(self.prompt_source) else len(self.prompt_source))
+        epoch = None if callable(self.prompt_source) else len(self.prompt_source) * self.groups.size
+        config.max_steps = config.count_updates(epoch)
         # Trainer would copy the denoisers to all devices of the process, but the rollout runs the pipeline's own.
         config._n_gpu = min(config.n_gpu, 1)
         self.weight_average: WeightAverage | None = None
@@ -136,6 +139,8 @@ class LeapAlignTrainer(Trainer):
                 draw_group_size=config.draw_group_size or config.samples_per_update,
                 base_penalty=config.base_penalty is not None,
                 columns=self.columns,
+                decoding=self.rewards.decoding,
+                near=self.groups.near,
             )
             super().__init__(
                 model=self.rollout_model,
@@ -147,6 +152,7 @@ class LeapAlignTrainer(Trainer):
                     seed=config.prompt_seed,
                     prompt_column=config.prompt_column,
                     shuffle=config.train_sampling_strategy == "random",
+                    group_size=self.groups.size,
                 ),
                 eval_dataset=eval_rows,
                 callbacks=callbacks,
@@ -192,10 +198,14 @@ class LeapAlignTrainer(Trainer):
         """
         output = model(inputs["prompts"], inputs["indices"], inputs["metadata"])
         prompts, metadata = for_copies(output.images, inputs["prompts"], inputs["metadata"])
-        scores = self.rewards(output.images, prompts, metadata)
-        loss = reward_loss(
-            scores.rewards, output.weights.to(scores.rewards.dtype), self.rewards.weights, self.rewards.thresholds
-        )
+        asking = self.rewards.asking_for_latents
+        ends = end_latents(output, type(self.pipeline).__name__, asking) if asking else None
+        scores = self.rewards(output.images, prompts, metadata, ends)
+        self.groups.check_prompts(prompts)
+        compared = self.groups.with_gradients(scores.rewards, ends, self.rewards)
+        coefficients = [weight * scale for weight, scale in zip(self.rewards.weights, compared.scales, strict=True)]
+        weights = output.weights.to(scores.rewards.dtype)
+        loss = reward_loss(compared.rewards, weights, coefficients, self.rewards.thresholds)
         trained = [latents for latents in output.latents if latents.requires_grad and loss.requires_grad]
         for number, latents in enumerate(trained):
             loop = number // output.num_calls
@@ -204,22 +214,23 @@ class LeapAlignTrainer(Trainer):
             limit_sample_gradients(loss, latents, self.args.max_sample_grad_norm, report, output.num_calls)
         if output.penalty is not None:
             loss = loss + self.args.base_penalty * output.penalty.mean()
-        self._record(output, scores, loss)
+        self._record(output, scores, compared, loss)
         self._last_samples = (output.images.detach(), prompts, metadata, scores.total, scores.details)
         return (loss, output) if return_outputs else loss
 
-    def _record(self, output: RolloutOutput, scores: Scores, loss: Tensor) -> None:
+    def _record(self, output: RolloutOutput, scores: Scores, compared: Compared, loss: Tensor) -> None:
         images = output.images.detach()
         steps = {f"active_step_{n}": torch.tensor(float(step)) for n, step in enumerate(output.active_steps)}
         self._metrics.add(
             {
                 "reward": scores.total,
                 **scores.metrics,
+                **compared.metrics,
                 **output.metrics,
                 **{name: step.to(images.device) for name, step in steps.items()},
                 **({} if output.penalty is None else {"base_distance": output.penalty.detach()}),
-                "saturated": saturated(images),
-                "below_threshold": below_threshold(scores.rewards, self.rewards.thresholds),
+                **({} if self.rewards.decoding == "none" else {"saturated": saturated(images)}),
+                "below_threshold": below_threshold(scores.rewards, self.rewards.thresholds, compared.teaching),
                 "finite": torch.isfinite(loss),
             }
         )
@@ -245,10 +256,12 @@ class LeapAlignTrainer(Trainer):
                 "Check the reward on the images of this step. Train again, from the last checkpoint's adapter if "
                 "you like, with a lower learning_rate, max_grad_norm or gradient_discount, or in bfloat16 or float32."
             )
+        self._flat_updates.add(any_active)
         idle = overflow or (any_active and not norms.any())
         self._idle_updates = self._idle_updates + 1 if idle else 0
         if self._idle_updates >= MOST_IDLE_UPDATES:
-            share = self._metrics.latest("saturated", 1).mean().item()
+            decoded = self.rewards.decoding != "none"
+            share = self._metrics.latest("saturated", 1).mean().item() if decoded else 0.0
             problem = "overflowed float16" if overflow else "was exactly zero"
             raise NothingLearnt(
                 f"For {MOST_IDLE_UPDATES} updates the gradient {problem} though rewards are below their threshold, so "
@@ -268,7 +281,8 @@ class LeapAlignTrainer(Trainer):
         if training:
             logs.update(self._pop_metrics())
         if not callable(self.prompt_source):
-            self.state.epoch = self.state.global_step * self.args.samples_per_update / len(self.prompt_source)
+            prompts_seen = self.state.global_step * self.args.samples_per_update / self.groups.size
+            self.state.epoch = prompts_seen / len(self.prompt_source)
         super().log(logs, start_time)
         if training:
             self._show([self._last_samples])
@@ -295,6 +309,7 @@ class LeapAlignTrainer(Trainer):
         start, self._last_log = self._last_log, time.perf_counter()
         return {
             **summarise(columns),
+            **self._flat_updates.pop(),
             "seconds_per_step": (self._last_log - start) / updates,
             "peak_memory_gib": peak_memory_gib(self.args.device),
         }
@@ -333,6 +348,7 @@ class LeapAlignTrainer(Trainer):
         self._last_samples: tuple | None = None
         self._last_log = time.perf_counter()
         self._idle_updates = 0
+        self._flat_updates = FlatUpdates(self.rewards.black_boxes)
 
     # Evaluation
 
@@ -462,6 +478,7 @@ class LeapAlignTrainer(Trainer):
             "samples_per_update": self.args.samples_per_update,
             "draw_group_size": self.rollout_model.draw_group_size,
             "ema_decay": self.args.ema_decay,
+            "groups": self.groups.run,
         }
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:

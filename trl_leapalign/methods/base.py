@@ -6,6 +6,7 @@ latents (most pipelines have one) with a `Trajectory`. `trl_leapalign.rollout.ru
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -109,7 +110,13 @@ class Trajectory(ABC):
 
 
 class Method(ABC):
-    """A way of turning the gradient of a reward into a gradient of the denoiser."""
+    """A way of turning the gradient of a reward into a gradient of the denoiser.
+
+    `ends_sampling` says whether what is rewarded comes from the end of the whole sampling, one image a sample; rewards
+    without gradient need it.
+    """
+
+    ends_sampling: ClassVar[bool] = True
 
     @abstractmethod
     def plan(self, schedule: Schedule, generator: torch.Generator | None) -> Plan:

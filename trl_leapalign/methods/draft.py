@@ -1,6 +1,7 @@
 """DRaFT (https://huggingface.co/papers/2309.17400): back-propagation through the last steps of the solver itself."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -84,6 +85,8 @@ class DRaFTLV(Method):
     Raises:
         ValueError: if a setting is out of its range.
     """
+
+    ends_sampling: ClassVar[bool] = False
 
     num_copies: int = 2
 

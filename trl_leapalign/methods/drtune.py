@@ -1,6 +1,7 @@
 """DRTune (https://huggingface.co/papers/2405.00760): spread steps; the denoiser's input has no gradient."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -30,6 +31,8 @@ class DRTune(Method):
     Raises:
         ValueError: if a setting is out of its range.
     """
+
+    ends_sampling: ClassVar[bool] = False
 
     num_train_steps: int = 2
     num_late_steps: int | None = None

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -29,6 +30,8 @@ class ReFL(Method):
     Raises:
         ValueError: if a setting is out of its range.
     """
+
+    ends_sampling: ClassVar[bool] = False
 
     num_late_steps: int | None = None
 

@@ -14,6 +14,7 @@ class Purpose(IntEnum):
     PROMPTS = 2
     EVALUATION = 3
     SOLVER = 4
+    PARTING = 5
 
 
 def derive_seed(seed: int, purpose: Purpose, *key: int) -> int:

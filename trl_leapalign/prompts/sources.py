@@ -144,6 +144,7 @@ class PromptStream(Dataset):
         seed (int): of the order, or of the function's random states.
         prompt_column (str): the column that holds the prompt; the other columns are the metadata.
         shuffle (bool): whether rows are shuffled.
+        group_size (int): consecutive samples that share one prompt.
     """
 
     def __init__(
@@ -153,24 +154,32 @@ class PromptStream(Dataset):
         seed: int,
         prompt_column: str = "prompt",
         shuffle: bool = True,
+        group_size: int = 1,
     ):
         self.source = source
         self.num_samples = num_samples
         self.seed = seed
         self.prompt_column = prompt_column
         self.shuffle = shuffle
+        self.group_size = group_size
+        self._drawn: tuple[int, tuple[str, dict[str, Any]]] | None = None  # of the last group
 
     def __len__(self) -> int:
         return self.num_samples
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        if callable(self.source):
-            prompt, metadata = call_prompt_function(self.source, derive_seed(self.seed, Purpose.PROMPTS, index))
-        else:
-            epoch, position = divmod(index, len(self.source))
-            row = _order(len(self.source), self.seed, epoch)[position] if self.shuffle else position
-            prompt, metadata = split_row(self.source[row], self.prompt_column)
+        prompt, metadata = self._draw(index // self.group_size)
         return {"prompt": prompt, "metadata": metadata, "index": index}
+
+    def _draw(self, group: int) -> tuple[str, dict[str, Any]]:
+        if callable(self.source):
+            if self.group_size == 1 or self._drawn is None or self._drawn[0] != group:
+                seed = derive_seed(self.seed, Purpose.PROMPTS, group)
+                self._drawn = group, call_prompt_function(self.source, seed)
+            return self._drawn[1]
+        epoch, position = divmod(group, len(self.source))
+        row = _order(len(self.source), self.seed, epoch)[position] if self.shuffle else position
+        return split_row(self.source[row], self.prompt_column)
 
 
 @lru_cache(maxsize=2)

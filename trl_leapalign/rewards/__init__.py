@@ -1,5 +1,6 @@
 from ..media import column_images
 from .aesthetic import AestheticScore
+from .black_box import BlackBox
 from .builtin import REWARDS, load_reward
 from .callables import NamedReward
 from .clip import CLIPReward, CLIPScore, PickScore
@@ -18,6 +19,7 @@ from .vlm import VLMReward
 __all__ = [
     "REWARDS",
     "AestheticScore",
+    "BlackBox",
     "CLIPReward",
     "CLIPScore",
     "HPSv2",

@@ -71,10 +71,12 @@ def check_rewards(rewards: Any, images: Tensor, name: str) -> None:
     if not isinstance(rewards, Tensor):
         raise TypeError(
             f"The reward {name!r} returned a {type(rewards).__name__}, through which no gradient flows. Return a "
-            "tensor of shape (B,) computed from the images with torch operations."
+            "tensor of shape (B,) computed from the images with torch operations, or pass BlackBox(reward)."
         )
     if not rewards.is_floating_point():
-        raise TypeError(f"The reward {name!r} returned {rewards.dtype}, which has no gradient. Return floats.")
+        raise TypeError(
+            f"The reward {name!r} returned {rewards.dtype}, which has no gradient. Return floats, or pass BlackBox(it)."
+        )
     if rewards.shape != (len(images),):
         raise ValueError(
             f"The reward {name!r} returned shape {tuple(rewards.shape)} for {len(images)} images. Return one reward an "
@@ -83,7 +85,8 @@ def check_rewards(rewards: Any, images: Tensor, name: str) -> None:
     if images.requires_grad and not rewards.requires_grad:
         raise ValueError(
             f"The reward {name!r} is detached from the images, so there is nothing to learn from. Compute it with "
-            "torch operations only: no .detach(), .numpy(), PIL images, torch.no_grad() or image processors."
+            "torch operations only: no .detach(), .numpy(), PIL images, torch.no_grad() or image processors. If it has "
+            "no gradient by nature, pass BlackBox(reward)."
         )
 
 

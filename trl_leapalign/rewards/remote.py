@@ -1,4 +1,4 @@
-"""A reward that a server computes: for evaluation."""
+"""A reward that a server computes."""
 
 import base64
 import io
@@ -21,7 +21,7 @@ from .callables import check_inputs
 
 
 class RemoteReward:
-    """Scores from an HTTP server. They carry no gradient: for evaluation, not for training.
+    """Scores from an HTTP server. They carry no gradient: training compares the samples of a prompt, as for BlackBox.
 
     Each call posts JSON {"images": [PNG in base64, ...], "prompts": [...], "metadata": [...]}, and expects
     {"scores": [number, ...]}, one an image.
@@ -34,6 +34,8 @@ class RemoteReward:
     Raises:
         ValueError: if the url is none, or a setting is out of range.
     """
+
+    differentiable = False
 
     def __init__(self, url: str, *, timeout: float = 60.0, retries: int = 3):
         if urlsplit(url).scheme not in ("http", "https"):

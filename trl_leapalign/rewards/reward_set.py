@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ranges import Range
+from .black_box import BlackBox, read_numbers
 from .builtin import check_reward_name, load_named
 from .callables import NamedReward, RewardFunction, check_callable, check_rewards, name_of
 from .reward_model import RewardModel
@@ -34,6 +35,9 @@ class Scores:
 class RewardSet:
     """One or several reward functions with their weights and thresholds.
 
+    A reward whose attribute `differentiable` is False, such as `BlackBox`, has no gradient; one whose attribute
+    `inputs` is "latents" is called with the end latents in place of the images.
+
     Args:
         functions (RewardFunction | str | Sequence[RewardFunction | str]): the reward function or functions. A name is
             one of `REWARDS`, which is loaded, and so is a `NamedReward`.
@@ -58,44 +62,78 @@ class RewardSet:
         self.weights = [1.0] * len(listed) if weights is None else list(weights)
         self.names = _unique([name_of(function) for function in listed])
         self.functions = [load_named(item) for item in listed]
+        self.differentiable = [getattr(function, "differentiable", True) for function in self.functions]
+        self.inputs = [_inputs(function) for function in self.functions]
         self.thresholds = list(map(_threshold, self.functions)) if thresholds is None else list(thresholds)
 
     def prepare(self, device: torch.device) -> None:
         """Move reward models to a device, freeze them and put them in eval mode."""
         for function in self.functions:
+            function = function.function if isinstance(function, BlackBox) else function
             if isinstance(function, nn.Module):
                 function.to(device).eval().requires_grad_(False)
 
-    def __call__(self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Scores:
+    @property
+    def black_boxes(self) -> list[str]:
+        """Names of the rewards without gradient."""
+        return [
+            name for name, differentiable in zip(self.names, self.differentiable, strict=True) if not differentiable
+        ]
+
+    @property
+    def asking_for_latents(self) -> list[str]:
+        """Names of the rewards that need the end latents: for their gradient, or as what they score."""
+        both = zip(self.names, self.differentiable, self.inputs, strict=True)
+        return [name for name, differentiable, kind in both if not differentiable or kind == "latents"]
+
+    @property
+    def decoding(self) -> str:
+        """What a rollout must decode: "differentiable" images, "plain" ones without gradients, or "none"."""
+        if "images" not in self.inputs:
+            return "none"
+        return "differentiable" if self.image_gradients else "plain"
+
+    @property
+    def image_gradients(self) -> bool:
+        """Whether a reward differentiates the images."""
+        return any(d and kind == "images" for d, kind in zip(self.differentiable, self.inputs, strict=True))
+
+    def __call__(
+        self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]], latents: Tensor | None = None
+    ) -> Scores:
         """Score a batch, in float32 at least and without autocast.
 
         Args:
             images (Tensor): shape (B, 3, H, W), or (B, F, 3, H, W) for video, in [0, 1].
             prompts (list[str]): length B.
             metadata (list[dict]): length B.
+            latents (Tensor | None): what the sampling ended with, shape (B, ...), for rewards that ask for it.
 
         Returns:
-            Scores: rewards with graph, and what to log.
+            Scores: rewards, with graph where they are differentiable, and what to log.
 
         Raises:
             TypeError: if a reward returns something that is not a floating tensor.
-            ValueError: if its shape is wrong, it has lost the graph, or the reward changes the images in place.
+            ValueError: if its shape is wrong, it has lost the graph, the reward changes the images in place, or it
+                asks for latents where there are none.
         """
-        precise = images.to(torch.promote_types(images.dtype, torch.float32))
+        given = {"images": images, "latents": latents}
+        precise = {
+            kind: value.to(torch.promote_types(value.dtype, torch.float32))
+            for kind, value in given.items()
+            if value is not None and kind in self.inputs
+        }
         with torch.autocast(images.device.type, enabled=False):
             return self._score(precise, prompts, metadata)
 
-    def _score(self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Scores:
+    def _score(self, given: dict[str, Tensor], prompts: list[str], metadata: list[dict[str, Any]]) -> Scores:
         rows, metrics, details = [], {}, {}
-        for name, function in zip(self.names, self.functions, strict=True):
-            result = _apply(function, name, images, prompts, metadata)
-            rewards, extra = result if isinstance(result, tuple) and len(result) == 2 else (result, {})
-            if not isinstance(extra, dict):
-                raise TypeError(
-                    f"The reward {name!r} returned a {type(extra).__name__} beside its rewards. Return the rewards "
-                    "alone, or (rewards, dict)."
-                )
-            check_rewards(rewards, images, name)
+        for index, (name, kind) in enumerate(zip(self.names, self.inputs, strict=True)):
+            if kind not in given:
+                raise ValueError(f"The reward {name!r} asks for latents, and there are none here, only images.")
+            images, function = given[kind], self.functions[index]
+            score = _measure if self.differentiable[index] else _ask
+            rewards, extra = score(function, name, images, prompts, metadata)
             rows.append(rewards.to(images.device, torch.promote_types(rewards.dtype, torch.float32)))
             if len(self.functions) > 1:
                 metrics[f"rewards/{name}"] = rows[-1].detach()
@@ -170,6 +208,38 @@ def _apply(
             "return new tensors, or start with images = images.clone()."
         )
     return result
+
+
+def _measure(
+    function: RewardFunction, name: str, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]
+) -> tuple[Tensor, dict[str, Any]]:
+    """Rewards with graph, and what is reported beside them."""
+    result = _apply(function, name, images, prompts, metadata)
+    rewards, extra = result if isinstance(result, tuple) and len(result) == 2 else (result, {})
+    if not isinstance(extra, dict):
+        raise TypeError(
+            f"The reward {name!r} returned a {type(extra).__name__} beside its rewards. Return the rewards "
+            "alone, or (rewards, dict)."
+        )
+    check_rewards(rewards, images, name)
+    return rewards, extra
+
+
+@torch.no_grad()
+def _ask(
+    function: RewardFunction, name: str, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]
+) -> tuple[Tensor, dict[str, Any]]:
+    """Rewards without gradient, and what is reported beside them."""
+    images = images.detach()
+    return read_numbers(_apply(function, name, images, prompts, metadata), images, name)
+
+
+def _inputs(function: RewardFunction) -> str:
+    """What a reward is called with."""
+    kind = getattr(function, "inputs", "images")
+    if kind not in ("images", "latents"):
+        raise ValueError(f"The reward {name_of(function)!r} has inputs={kind!r}; choose 'images' or 'latents'.")
+    return kind
 
 
 def _version(images: Tensor) -> int:

@@ -63,13 +63,21 @@ class StartsLater(Exception):
 class Recorder:
     """Stands between a pipeline and its schedulers for the time of one rollout."""
 
-    def __init__(self, method: Method, generator: torch.Generator, noise: Any, first_index: int):
+    def __init__(
+        self,
+        method: Method,
+        generator: torch.Generator,
+        noise: Any,
+        first_index: int,
+        differentiate_output: bool = True,
+    ):
         self.method = method
         self.generator = generator
         self.noise = noise
         self.copy_generators: torch.Generator | list[torch.Generator] | None = None
         self.state = generator.get_state()
         self.first_index = first_index
+        self.differentiate_output = differentiate_output
         self.streams: dict[int, Stream] = {}  # the latest of each scheduler, by id
         self.finished: list[Stream] = []
         self.schedulers: dict[int, SchedulerMixin] = {}
@@ -172,7 +180,8 @@ class Recorder:
             stream.clean = latents
         if stream.clean is not None:
             latents = stream.with_noise(self._draw(stream.clean)) if stream.running else stream.clean
-        return stream.enter(latents)
+        entered = stream.enter(latents)
+        return entered if stream.running or self.differentiate_output else entered.detach().clone()
 
     def _draw(self, latents: Tensor) -> Tensor:
         """Noise like the latents, from copies of the generators of the call: it leaves them as a plain call does."""
@@ -193,7 +202,7 @@ class Recorder:
         next_active = any(stream.is_active(stream.num_taken) for stream in streams)
         begun = self.finished or any(stream.num_taken for stream in streams)
         running = any(stream.running or (in_call and stream.num_taken == 0) for stream in streams)
-        enabled = bool(next_active or (begun and not running))
+        enabled = bool(next_active or (self.differentiate_output and begun and not running))
         if enabled != torch.is_grad_enabled():
             torch.set_grad_enabled(enabled)
             # A weight that autocast cast without gradient would be used again with gradient.
@@ -215,7 +224,9 @@ class Recorder:
         if not isinstance(images, Tensor):
             raise ValueError(f"{name} returned {type(images).__name__} for tensors; it cannot be differentiated.")
         trained = any(p.requires_grad for module in modules_of(pipeline).values() for p in module.parameters())
-        if trained and not images.requires_grad:
+        ends = [images] if self.differentiate_output else [stream.latest for stream in streams]
+        expected = trained and any(stream.plan.active_steps for stream in streams)
+        if expected and not any(end.requires_grad for end in ends):
             raise RuntimeError(
                 f"The output of {name} carries no gradient: something between its denoiser and its output detaches it, "
                 "or none of the parameters that require gradients take part in the sampling."

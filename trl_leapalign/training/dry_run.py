@@ -12,7 +12,7 @@ from ..adapters.lora import DENOISER_PREFIXES, trained_parameters
 from ..prompts.columns import takes_images
 from ..rewards import RewardSet, Scores, check_finite
 from ..rollout.recorder import RolloutOutput
-from ..rollout.rollout_model import RolloutModel, for_copies
+from ..rollout.rollout_model import RolloutModel, end_latents, for_copies
 
 logger = logging.getLogger(__name__)
 
@@ -25,7 +25,7 @@ class DryRun:
         output (RolloutOutput): the rollout, with graph.
         scores (Scores): of its images.
         gradients (dict[str, dict[str, Tensor]]): of the rewards' sum, by component and by name of the parameter;
-            without those that it does not reach.
+            without those that it does not reach. The sum of the end latents stands for a reward without gradient.
         batch (dict[str, list]): "prompts", "metadata" and "indices" of its samples.
     """
 
@@ -67,11 +67,15 @@ def dry_run(
                 model.check_checkpointing(**batch)
             output = model(**batch)
         prompts, metadata = for_copies(output.images, batch["prompts"], batch["metadata"])
-        scores = rewards(output.images, prompts, metadata)
+        asking = rewards.asking_for_latents
+        latents = end_latents(output, type(model.pipeline).__name__, asking) if asking else None
+        scores = rewards(output.images, prompts, metadata, latents)
         check_finite(scores, rewards.names, prompts)
         check_thresholds(scores.rewards, rewards.names, rewards.thresholds)
         denoisers = dict(model.denoisers.items())
-        gradients = check_gradients(output.images, scores.rewards, rewards.names, denoisers, may_underflow)
+        gradients = check_gradients(
+            output.images, scores.rewards, rewards.names, denoisers, may_underflow, latents, rewards.differentiable
+        )
         return DryRun(output, scores, gradients, batch)
 
     return model.with_backward(run)
@@ -103,7 +107,13 @@ def _is_foreign(error: Exception) -> bool:
 
 
 def check_gradients(
-    images: Tensor, rewards: Tensor, names: list[str], denoisers: dict[str, nn.Module], may_underflow: bool
+    images: Tensor,
+    rewards: Tensor,
+    names: list[str],
+    denoisers: dict[str, nn.Module],
+    may_underflow: bool,
+    latents: Tensor | None = None,
+    differentiable: Sequence[bool] = (),
 ) -> dict[str, dict[str, Tensor]]:
     """Differentiate the rewards of a rollout with respect to what is trained.
 
@@ -113,6 +123,9 @@ def check_gradients(
         names (list[str]): of the rewards, length M.
         denoisers (dict[str, nn.Module]): what is trained, by component name.
         may_underflow (bool): whether zeros may come from float16, which training scales the loss for.
+        latents (Tensor | None): what the sampling ended with, with graph, shape (B, ...), where a reward needs it.
+        differentiable (Sequence[bool]): which rewards have a gradient, length M; () is all. The sum of the latents
+            stands for one that has none.
 
     Returns:
         dict[str, dict[str, Tensor]]: by component and name of the parameter, the gradients that there are.
@@ -121,19 +134,24 @@ def check_gradients(
         ValueError: if a reward does not depend on the images, or its gradient is zero or not finite.
         RuntimeError: if no gradient reaches a component.
     """
-    slopes = []
-    for name, row in zip(names, rewards, strict=True):
-        [slope] = torch.autograd.grad(row.sum(), images, retain_graph=True, allow_unused=True)
-        if slope is None:
+    ends = [end for end in (images, latents) if end is not None and end.requires_grad]
+    slopes = [torch.zeros_like(end) for end in ends]
+    for name, row, has_gradient in zip(names, rewards, differentiable or [True] * len(names), strict=True):
+        if not has_gradient:
+            slopes[-1] = slopes[-1] + 1.0
+            continue
+        found = torch.autograd.grad(row.sum(), ends, retain_graph=True, allow_unused=True)
+        if all(slope is None for slope in found):
             raise ValueError(
                 f"The reward {name!r} does not depend on the images, so there is nothing to learn from. Compute it "
                 "from them with torch operations."
             )
-        slopes.append(slope)
-    slope = torch.stack(slopes).sum(0)
+        # The latents' slope through the images is that of the images.
+        used = next(index for index, slope in enumerate(found) if slope is not None)
+        slopes[used] = slopes[used] + found[used]
     trained = {name: trained_parameters(denoiser) for name, denoiser in denoisers.items()}
     parameters = [parameter for own in trained.values() for parameter in own.values()]
-    gradients = torch.autograd.grad(images, parameters, slope, allow_unused=True)
+    gradients = torch.autograd.grad(ends, parameters, slopes, allow_unused=True)
     found = {id(p): gradient for p, gradient in zip(parameters, gradients, strict=True) if gradient is not None}
     if not found:
         raise RuntimeError(
@@ -142,11 +160,11 @@ def check_gradients(
         )
     for name, own in trained.items():
         _check_reached(name, len(own), [key for key, parameter in own.items() if id(parameter) not in found])
-    if not all(gradient.isfinite().all() for gradient in (slope, *found.values())):
+    if not all(gradient.isfinite().all() for gradient in (*slopes, *found.values())):
         raise ValueError("The gradient of the reward is not finite on the untrained pipeline's images.")
     if not may_underflow and not any(gradient.any() for gradient in found.values()):
         where = "already at the images: is the reward constant or rounded"
-        if slope.any():
+        if any(slope.any() for slope in slopes):
             where = "at the trained parameters: are all pixels saturated, or is the adapter's scale 0"
         raise ValueError(
             f"The gradient of the reward is exactly zero, {where}? Nothing would be learnt. If that is so for the "
