@@ -101,7 +101,7 @@ def test_prompts_without_geneval_metadata_are_refused(tmp_path, settings):
     with pytest.raises(ValueError, match="geneval cannot judge these prompts: row 1 has no 'tag'"):
         check_rows(named, ROWS, [ROWS[0], {"prompt": "a dog"}])
     with pytest.raises(ValueError, match="geneval cannot judge these prompts: row 0 has no 'tag'"):
-        make_trainer(tmp_path, None, "geneval", reward_kwargs=settings)
+        make_trainer(tmp_path, None, "geneval", reward_kwargs=settings, per_device_train_batch_size=4)
 
 
 def test_geneval_files_are_prompts(folder, tmp_path):

@@ -12,18 +12,15 @@ from training_cases import make_trainer, sample, trained_weights
 from vote_cases import served, vote_for_red
 
 from examples.tiny import tiny_flux
-from trl_leapalign import rewards
 from trl_leapalign.cli.main import main
 from trl_leapalign.evaluation import EVALUATORS, GenEval
 from trl_leapalign.rewards import HumanReward, OCRReward
 from trl_leapalign.rewards.votes import VoteFolder
 
-pytestmark = pytest.mark.skipif(not hasattr(rewards, "BlackBox"), reason="training on rewards without gradient")
-
 TASK = {"tag": "single_object", "include": [{"class": "motorcycle", "count": 1}], "prompt": "a red circle"}
 SETTINGS = {"per_device_train_batch_size": 4, "learning_rate": 1e-2}
 PAIRS = {"per_device_train_batch_size": 2, "samples_per_prompt": 2}
-HELD_OUT = range(100, 148)
+HELD_OUT = range(100, 124)
 
 
 def samples(pipeline):
@@ -94,6 +91,28 @@ def test_texts(tmp_path):
     settings = {**SETTINGS, "learning_rate": 3e-2, "max_steps": 20}
     make_trainer(tmp_path, pipeline, reward, prompts=prompts, **settings).train()
     assert score() > before + 0.05
+
+
+def test_the_dry_run_asks_for_a_vote_of_the_first_update(tmp_path):
+    folder, stop = VoteFolder(tmp_path / "votes"), threading.Event()
+
+    def voter():
+        while not stop.wait(0.01):
+            for name in folder.pairs().keys() - folder.votes().keys():
+                folder.vote(folder.pairs()[name], folder.pairs()[name].first)
+
+    thread = threading.Thread(target=voter)
+    thread.start()
+    try:
+        reward = HumanReward(folder.path, poll_seconds=0.01, timeout=60)
+        settings = {**PAIRS, "max_steps": 1, "dry_run": True}
+        trainer = make_trainer(tmp_path, None, reward, prompts=["a red circle"], **settings)
+        assert len(folder.votes()) == 1
+        trainer.train()
+    finally:
+        stop.set()
+        thread.join()
+    assert len(folder.pairs()) == len(folder.votes()) == 1 and logged_rewards(trainer) == [0.5]
 
 
 @pytest.mark.skipif(not (CHROMIUM and CHROMEDRIVER), reason="there is no Chromium with its driver")
