@@ -288,7 +288,6 @@ class LeapAlignConfig(TrainingArguments):
             '`{"geneval": {"detector": "mask2former.pth"}}`.'
         },
     )
-
     normalize_rewards: bool = field(
         default=False,
         metadata={

@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
+from training_cases import make_trainer
 from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
@@ -204,6 +205,21 @@ def test_scores_are_what_the_model_answers(trained, caplog):
     [record] = [record for record in caplog.records if "unified_reward" in record.name]
     assert "1 of 3 answers have no final score" in record.message and "Style Score : 5" in record.message
     assert not any(parameter.requires_grad for parameter in trained.parameters())
+
+
+def test_answers_without_a_score_can_count_as_a_number(trained):
+    scores, details = tiny_reward(trained, unparsed_score=1.0)(IMAGES, PROMPTS, [{}] * 3)
+    assert scores.tolist() == [4, 2, 1] and details["unparsed"].tolist() == [0, 0, 1]
+
+
+def test_it_trains(trained, tmp_path):
+    """Without gradient, on a model that has never seen such images: whatever it says, training goes on."""
+    reward = tiny_reward(trained, unparsed_score=1.0)
+    settings = {"max_steps": 2, "per_device_train_batch_size": 2, "samples_per_prompt": 2}
+    trainer = make_trainer(tmp_path, None, reward, prompts=["a red ring"], **settings)
+    trainer.train()
+    rewards = [entry["reward"] for entry in trainer.state.log_history if "reward" in entry]
+    assert len(rewards) == 2 and all(1 <= value <= 5 for value in rewards)
 
 
 def test_another_score_can_count(trained, caplog):

@@ -1,6 +1,7 @@
 """Votes in a folder, and the reward that waits for them."""
 
 import json
+import multiprocessing
 import threading
 import time
 from itertools import combinations
@@ -109,12 +110,34 @@ def test_votes_are_found_again(tmp_path, voting):
 
 def test_groups_follow_from_prompts_and_metadata(tmp_path):
     reward = HumanReward(tmp_path)
-    assert reward._meetings(["a", "b", "a", "b"], [{}] * 4) == [(0, 2), (1, 3)]
-    assert reward._meetings(["a"] * 4, [{"image": 1}, {"image": 2}] * 2) == [(0, 2), (1, 3)]
-    assert reward._meetings(["a"] * 4, [{}] * 4) == list(combinations(range(4), 2))
+    assert reward._meetings([("a", ""), ("b", ""), ("a", ""), ("b", "")]) == [(0, 2), (1, 3)]
+    assert reward._meetings([("a", "1"), ("a", "2")] * 2) == [(0, 2), (1, 3)]
+    assert reward._meetings([("a", "")] * 4) == list(combinations(range(4), 2))
     with pytest.raises(ValueError, match="the batch has a single one of 'b'"):
         reward(images_of(0.1, 0.2, 0.3), ["a", "a", "b"], [{}] * 3)
-    assert not list((tmp_path / "pictures").iterdir())
+    assert not reward.folder.pairs()
+
+
+def one_of_two(rank, path, results):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{path}/store", rank=rank, world_size=2)
+    reward = HumanReward(path / "votes", poll_seconds=0.01, timeout=60)
+    images = images_of(0.1, 0.7, 0.3, 0.5)[2 * rank : 2 * rank + 2]
+    results.put((rank, reward(images, ["a", "b"], [{}, {}])[0].tolist()))
+    torch.distributed.destroy_process_group()
+
+
+def test_groups_across_processes(tmp_path, voting):
+    folder = VoteFolder(tmp_path / "votes")
+    context = multiprocessing.get_context("fork")  # what is imported need not be imported again
+    results = context.SimpleQueue()
+    processes = [context.Process(target=one_of_two, args=(rank, tmp_path, results)) for rank in (0, 1)]
+    for process in processes:
+        process.start()
+    voting(folder, brighter(folder))
+    found = dict(results.get() for _ in processes)
+    for process in processes:
+        process.join()
+    assert found == {0: [0, 1], 1: [1, 0]} and len(folder.pairs()) == 2
 
 
 def test_lines_that_are_not_whole_do_not_count(tmp_path):

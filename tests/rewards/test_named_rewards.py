@@ -7,11 +7,12 @@ import pytest
 import torch
 from geneval_cases import busy_detector, color_tokenizer, random_images, tiny_color_clip
 from reward_cases import clip_model
-from training_cases import make_trainer, redness
+from training_cases import make_config, make_trainer, redness
 from vlm_cases import vlm_image_processor, vlm_model, vlm_tokenizer
 
-from examples.tiny import tiny_tokenizer
+from examples.tiny import tiny_flux, tiny_tokenizer
 from trl_leapalign import LeapAlignConfig
+from trl_leapalign.comparison.compare import Comparison
 from trl_leapalign.evaluation import Evaluator, GenEval, UnifiedReward, named_evaluator, named_rewards
 from trl_leapalign.evaluation.evaluators import check_rows
 from trl_leapalign.evaluation.rows import read_if_geneval
@@ -101,7 +102,25 @@ def test_prompts_without_geneval_metadata_are_refused(tmp_path, settings):
     with pytest.raises(ValueError, match="geneval cannot judge these prompts: row 1 has no 'tag'"):
         check_rows(named, ROWS, [ROWS[0], {"prompt": "a dog"}])
     with pytest.raises(ValueError, match="geneval cannot judge these prompts: row 0 has no 'tag'"):
-        make_trainer(tmp_path, None, "geneval", reward_kwargs=settings)
+        make_trainer(tmp_path, None, "geneval", reward_kwargs=settings, per_device_train_batch_size=4)
+
+
+def test_comparisons_load_a_named_reward_once(folder, tmp_path):
+    """Its settings are kept with the results, which are not taken over for others."""
+    clip = {"path_or_id": str(folder / "clip"), "tokenizer": str(folder / "clip")}
+
+    def comparison(**others):
+        config = make_config(tmp_path, max_steps=1, reward_kwargs={"clipscore": {**clip, **others}})
+        rows = [{"prompt": "a red circle"}]
+        return Comparison(tiny_flux, "clipscore", config, {"refl": {"method": "refl"}}, rows, rows, seeds=[0])
+
+    first = comparison()
+    assert first.judges.functions[0] is first.reward[0].load() and first.judges.names == ["clipscore"]
+    first.run()
+    found = json.loads((tmp_path / "runs" / "refl" / "seed_0" / "settings.json").read_text())
+    assert found["reward"] == [{"evaluator": "clipscore", **clip, "is_geneval": False}]
+    with pytest.raises(ValueError, match="settings"):
+        comparison(batch_size=1).run()
 
 
 def test_geneval_files_are_prompts(folder, tmp_path):

@@ -26,6 +26,8 @@ class HumanReward:
     it wins, where no difference is half a win. If each meets all others, that orders them as the strengths of a
     Bradley-Terry model do.
 
+    On several processes the samples of a group may lie in different ones; the folder must be one that all of them see.
+
     Pairs are known by their pictures. So training and the page can be stopped and resumed at any time: what was voted
     on is not asked again.
 
@@ -78,49 +80,63 @@ class HumanReward:
             TimeoutError: if votes are missing after `timeout` seconds.
         """
         check_inputs(images, prompts, metadata, type(self).__name__, reads_prompts=False)
-        meetings = self._meetings(prompts, metadata)
+        rows = [json.dumps(row, default=as_text, sort_keys=True) for row in metadata]
         names = [self.folder.add_picture(image) for image in images.detach()]
+        samples, start = _of_all_processes(list(zip(prompts, rows, names, strict=True)))
+        meetings = self._meetings([sample[:2] for sample in samples])
+        names = [name for *_, name in samples]
         pairs = {}
         for first, second in meetings:
             if names[first] != names[second]:
-                pairs[first, second] = Pair(prompts[first], *sorted((names[first], names[second])))
-        self.folder.ask(list(pairs.values()))
-        votes = self._wait({pair.id for pair in pairs.values()})
-        wins, comparisons = torch.zeros(len(images)), torch.zeros(len(images))
+                pairs[first, second] = Pair(samples[first][0], *sorted((names[first], names[second])))
+        if start == 0:
+            self.folder.ask(list(pairs.values()))
+        votes = self._wait({pair.id for pair in pairs.values()}, tell=start == 0)
+        wins, comparisons = torch.zeros(len(samples)), torch.zeros(len(samples))
         for meeting in meetings:
             winner = votes[pairs[meeting].id] if meeting in pairs else None  # equal pictures differ in nothing
             for index in meeting:
                 wins[index] += 0.5 if winner is None else float(names[index] == winner)
                 comparisons[index] += 1
-        return (wins / comparisons).to(images.device), {"comparisons": comparisons.to(images.device)}
+        own = slice(start, start + len(images))
+        return (wins / comparisons)[own].to(images.device), {"comparisons": comparisons[own].to(images.device)}
 
-    def _meetings(self, prompts: list[str], metadata: list[dict[str, Any]]) -> list[tuple[int, int]]:
-        """Which pictures are compared, by their places in the batch."""
+    def _meetings(self, keys: list[tuple[str, str]]) -> list[tuple[int, int]]:
+        """Which pictures are compared, by their places, from their prompts and metadata."""
         groups = defaultdict(list)
-        for index, (prompt, row) in enumerate(zip(prompts, metadata, strict=True)):
-            groups[prompt, json.dumps(row, default=as_text, sort_keys=True)].append(index)
+        for index, key in enumerate(keys):
+            groups[key].append(index)
         meetings = set()
         for (prompt, _), group in groups.items():
             if len(group) < 2:
                 raise ValueError(
                     f"A vote compares two pictures of a prompt, but the batch has a single one of {prompt!r}. Train "
-                    "with groups of two at least, all samples of a group in one batch."
+                    "with samples_per_prompt=2 or more."
                 )
             for step in range(1, 1 + min(self.neighbours or len(group), len(group) - 1)):
                 for place, index in enumerate(group):
                     meetings.add(tuple(sorted((index, group[(place + step) % len(group)]))))
         return sorted(meetings)
 
-    def _wait(self, ids: set[str]) -> dict[str, str | None]:
-        start, told = time.monotonic(), False
+    def _wait(self, ids: set[str], tell: bool) -> dict[str, str | None]:
+        start = time.monotonic()
         while missing := ids - (votes := self.folder.votes()).keys():
             if self.timeout is not None and time.monotonic() - start > self.timeout:
                 raise TimeoutError(
                     f"{len(missing)} of {len(ids)} votes are missing after {self.timeout:g} seconds. Vote with "
                     f"`trl-leapalign vote {self.folder.path}`, and resume training."
                 )
-            if not told:
-                told = True
+            if tell:
+                tell = False
                 logger.warning("Waiting for %d votes: `trl-leapalign vote %s`.", len(missing), self.folder.path)
             time.sleep(self.poll_seconds)
         return votes
+
+
+def _of_all_processes(samples: list[Any]) -> tuple[list[Any], int]:
+    """The samples of all processes, which score at the same time, and the place of this process's first."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return samples, 0
+    parts: list[list[Any]] = [[] for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather_object(parts, samples)
+    return [sample for part in parts for sample in part], sum(map(len, parts[: torch.distributed.get_rank()]))
