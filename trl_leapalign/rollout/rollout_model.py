@@ -15,6 +15,7 @@ from ..prompts.columns import CallColumns
 from ..prompts.seeds import Purpose, make_generator
 from .base_penalty import distances_to_base
 from .calls import NO_COLUMNS, batch_calls, sample_images, solver_noise
+from .hooks import check_repeatable
 from .pipelines import modules_of, quiet
 from .recompute import WRITTEN_INTO, check_checkpointing, copies_of_saved_tensors
 from .recorder import RolloutOutput
@@ -35,6 +36,9 @@ class RolloutModel(nn.Module):
         draw_group_size (int): consecutive samples that share one choice of steps.
         base_penalty (bool): whether to measure the distance to the base model, whose adapters are off.
         columns (CallColumns): the columns of the metadata that go into the call.
+
+    Raises:
+        ValueError: if a denoiser cannot be called a second time for `base_penalty`.
     """
 
     accepts_loss_kwargs = False
@@ -51,6 +55,8 @@ class RolloutModel(nn.Module):
         columns: CallColumns = NO_COLUMNS,
     ):
         super().__init__()
+        if base_penalty:
+            check_repeatable(denoisers.items())
         self.denoisers = nn.ModuleDict(denoisers)
         self.pipeline = pipeline
         self.method = method

@@ -13,6 +13,7 @@ from ..prompts.columns import takes_images
 from ..rewards import RewardSet, Scores, check_finite
 from ..rollout.recorder import RolloutOutput
 from ..rollout.rollout_model import RolloutModel, for_copies
+from .guards import no_gradients_added
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +68,8 @@ def dry_run(
                 model.check_checkpointing(**batch)
             output = model(**batch)
         prompts, metadata = for_copies(output.images, batch["prompts"], batch["metadata"])
-        scores = rewards(output.images, prompts, metadata)
+        with no_gradients_added(model):
+            scores = rewards(output.images, prompts, metadata)
         check_finite(scores, rewards.names, prompts)
         check_thresholds(scores.rewards, rewards.names, rewards.thresholds)
         denoisers = dict(model.denoisers.items())
