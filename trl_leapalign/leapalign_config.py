@@ -203,17 +203,18 @@ class LeapAlignConfig(TrainingArguments):
         default=None,
         metadata={"help": 'Further arguments of the pipeline\'s call, such as `{"max_sequence_length": 256}`.'},
     )
-    image_grid_steps: int | None = field(
-        default=None,
-        metadata={
-            "help": "Report a picture to TensorBoard, W&B or Trackio every so many updates: images of the first prompts "
-            "with fixed noise, from the base beside the live weights and their average. None reports none."
-        },
-    )
-    image_grid_prompts: int = field(default=4, metadata={"help": "Prompts of that picture."})
     eval_num_steps: int | None = field(
         default=None, metadata={"help": "Sampling steps in evaluation. None is `sample_num_steps`."}
     )
+    image_grid_steps: int | None = field(
+        default=None,
+        metadata={
+            "help": "Report a picture to TensorBoard, W&B or Trackio every so many updates: images of the first "
+            "prompts (of evaluation, else of training) with fixed noise, from the base beside the live weights and, "
+            "with `ema_decay`, their average. None reports none."
+        },
+    )
+    image_grid_prompts: int = field(default=4, metadata={"help": "Prompts of that picture."})
 
     # Parameters that control the method
     method: str = field(default="leapalign", metadata={"help": "Name of the method, or an instance of it."})

@@ -25,8 +25,8 @@ from .adapters.restored import random_state_restored_on_error, restored_on_error
 from .adapters.saving import save_trained
 from .evaluation.scoring import scored_batches
 from .leapalign_config import LeapAlignConfig
-from .prompts.columns import CallColumns
 from .process_state import use_state
+from .prompts.columns import CallColumns
 from .prompts.named import is_named, load_named_prompts
 from .prompts.sources import PromptFunction, PromptSource, PromptStream, choose_prompts, collate, load_prompts
 from .rewards import RewardFunction, RewardSet, Scores, check_finite

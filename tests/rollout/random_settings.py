@@ -20,10 +20,10 @@ from torch import Tensor, nn
 
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
 
-from rollout_cases import Case, snapshot, trained_parameters
+from rollout_cases import Case, snapshot, trained_parameters  # noqa: E402
 
-from trl_leapalign.methods import METHODS, Method
-from trl_leapalign.rollout.rollout_model import RolloutModel
+from trl_leapalign.methods import METHODS, Method  # noqa: E402
+from trl_leapalign.rollout.rollout_model import RolloutModel  # noqa: E402
 
 SOLVERS = {
     "flux": ("euler", "stochastic_euler", "unipc", "dpm", "lcm"),
@@ -186,6 +186,11 @@ def count_hooks(pipeline: Any) -> int:
     return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for part in modules for m in part.modules())
 
 
+def say(line: str) -> None:
+    sys.stdout.write(f"{line}\n")
+    sys.stdout.flush()
+
+
 def main(count: int, seed: int) -> list[int]:
     """Check settings `seed` to `seed + count - 1`, print what happened and return the numbers that failed."""
     refused: Counter[str] = Counter()
@@ -198,10 +203,10 @@ def main(count: int, seed: int) -> list[int]:
             refused[str(error)[:60]] += 1
         except Exception:
             failed.append(number)
-            print(f"FAILED: seed {number}: {setting}\n{traceback.format_exc()}", flush=True)
-    print(f"{count} settings from seed {seed}: {len(failed)} failed {failed}, {sum(refused.values())} refused:")
+            say(f"FAILED: seed {number}: {setting}\n{traceback.format_exc()}")
+    say(f"{count} settings from seed {seed}: {len(failed)} failed {failed}, {sum(refused.values())} refused:")
     for message, times in refused.most_common():
-        print(f"  {times} x {message}...")
+        say(f"  {times} x {message}...")
     return failed
 
 

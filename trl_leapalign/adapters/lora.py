@@ -177,7 +177,8 @@ def attach_lora(denoisers: dict[str, nn.Module], peft_config: LoraConfig | None)
     """
     if peft_config is not None and not _is_lora(peft_config):
         raise TypeError(
-            f"peft_config must be a peft.LoraConfig, got {type(peft_config).__name__}: pipelines load no other adapters."
+            f"peft_config must be a peft.LoraConfig, got {type(peft_config).__name__}. Pipelines load no other kind of "
+            "adapter."
         )
     for name, denoiser in denoisers.items():
         loaded = list(getattr(denoiser, "peft_config", {}))
@@ -239,9 +240,9 @@ def _log_adapter(name: str, denoiser: nn.Module, loaded: bool) -> None:
         if isinstance(layer, BaseTunerLayer) and adapter in layer.lora_alpha and not layer.use_rslora[adapter]
     }
     origin = "goes on with the adapter that was there" if loaded else "starts a new adapter"
-    scale = f" It is used at a scale of {min(scales):.3g}, which its saved weights contain." * (
-        loaded and scales != {1}
-    )
+    scale = ""
+    if loaded and not scales <= {1.0}:
+        scale = f" It is used at a scale of {min(scales):.3g}, which its saved weights contain."
     logger.log(
         logging.WARNING if scale else logging.INFO,
         "Training of the %s %s, %r (rank %s).%s",

@@ -25,7 +25,7 @@ GAP = 2
 
 
 class ImageGrid(TrainerCallback):
-    """Reports images of the same prompts with the same noise: a column a prompt, rows of base, live and average weights.
+    """Reports images of fixed prompts with fixed noise: a column a prompt, rows of base, live and average weights.
 
     The base's images are sampled once: without the adapter, or before training where all weights are trained. The last
     row is there with `ema_decay` only. Of a video, the middle frame is shown.

@@ -19,8 +19,8 @@ LIVE = {
     "clearml": ("task", "ClearMLCallback", lambda callback: callback._clearml_task),
     "dvclive": ("live", "DVCLiveCallback", lambda callback: callback.live),
 }
-"""By entry of `report_to`: the attribute of Accelerate's tracker that holds the run, the name of Trainer's callback, and
-how to find its run."""
+"""By entry of `report_to`: the attribute of Accelerate's tracker that holds the run, the name of Trainer's callback,
+and how to find its run."""
 
 
 def live_tracker(name: str, callbacks: Iterable[TrainerCallback], run_name: str) -> GeneralTracker | None:
