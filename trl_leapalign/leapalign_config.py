@@ -4,13 +4,17 @@ import copy
 import dataclasses
 import json
 import math
+import os
 from dataclasses import dataclass, field
+from functools import cached_property
 from numbers import Real
 from typing import Any
 
+import torch
 from transformers import TrainingArguments
 
 from .methods import METHODS, Method
+from .process_state import state_of_others_kept
 from .prompts.columns import COPIES, read_columns
 from .ranges import Range, check_bool
 from .redaction import plain
@@ -37,12 +41,9 @@ NUMBERS = {
     ),
     **dict.fromkeys(
         (
-            "sample_num_steps",
-            "eval_num_steps",
-            "sample_height",
-            "sample_width",
-            "draw_group_size",
+            *("sample_num_steps", "eval_num_steps", "sample_height", "sample_width", "draw_group_size"),
             "samples_per_prompt",
+            *("image_grid_steps", "image_grid_prompts"),
         ),
         Range(1, whole=True),
     ),
@@ -107,6 +108,12 @@ class LeapAlignConfig(TrainingArguments):
             Further arguments of the pipeline's call, such as `{"max_sequence_length": 256}`.
         eval_num_steps (`int`, *optional*):
             Sampling steps in evaluation. None is `sample_num_steps`.
+        image_grid_steps (`int`, *optional*):
+            Report a picture to TensorBoard, W&B or Trackio every so many updates: images of the first prompts (of
+            evaluation, else of training) with fixed noise, from the base beside the live weights and, with `ema_decay`,
+            their average. None reports none.
+        image_grid_prompts (`int`, *optional*, defaults to `4`):
+            Prompts of that picture.
 
         > Parameters that control the method
 
@@ -231,6 +238,15 @@ class LeapAlignConfig(TrainingArguments):
     eval_num_steps: int | None = field(
         default=None, metadata={"help": "Sampling steps in evaluation. None is `sample_num_steps`."}
     )
+    image_grid_steps: int | None = field(
+        default=None,
+        metadata={
+            "help": "Report a picture to TensorBoard, W&B or Trackio every so many updates: images of the first "
+            "prompts (of evaluation, else of training) with fixed noise, from the base beside the live weights and, "
+            "with `ema_decay`, their average. None reports none."
+        },
+    )
+    image_grid_prompts: int = field(default=4, metadata={"help": "Prompts of that picture."})
 
     # Parameters that control the method
     method: str = field(default="leapalign", metadata={"help": "Name of the method, or an instance of it."})
@@ -463,6 +479,13 @@ class LeapAlignConfig(TrainingArguments):
         for name, reason in UNSUPPORTED.items():
             if getattr(self, name) not in (defaults[name], False, None, "no", [], {}):
                 raise ValueError(f"{name}={getattr(self, name)!r} is not supported: {reason}.")
+        backend = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no")
+        if backend.lower() != "no":
+            raise ValueError(
+                f"ACCELERATE_DYNAMO_BACKEND={backend!r} (of accelerate launch or accelerate config) is not supported: "
+                "it would compile the whole rollout. Set it to 'no', and compile the denoiser instead, with its "
+                "compile_repeated_blocks()."
+            )
 
     def _validate_values(self) -> None:
         defaults = {option.name: option.default for option in dataclasses.fields(self)}
@@ -499,6 +522,19 @@ class LeapAlignConfig(TrainingArguments):
         for name, reason in RESERVED_SAMPLE_KWARGS.items():
             if name in self.sample_kwargs:
                 raise ValueError(f"sample_kwargs cannot set {name!r}: {reason}.")
+        for name, value in self.sample_kwargs.items():
+            scale = value.get("scale", 1) if isinstance(value, dict) and name.endswith("attention_kwargs") else 1
+            if scale != 1 and not self.full_finetuning:
+                raise ValueError(
+                    f"sample_kwargs={{{name!r}: {value}}} trains the adapter at scale {scale}, but what is saved would "
+                    "act at scale 1. Leave it out; choose lora_alpha in peft_config, or for an adapter that was "
+                    "loaded call pipeline.set_adapters(name, scale), which the saved weights then contain."
+                )
+
+    @cached_property
+    def _setup_devices(self) -> torch.device:
+        with state_of_others_kept():
+            return super()._setup_devices
 
     def _validate_training(self) -> None:
         if self.remove_unused_columns:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
+from accelerate.tracking import GeneralTracker
 from accelerate.utils import gather_object
 from diffusers import DiffusionPipeline
 from peft import LoraConfig
@@ -18,15 +18,18 @@ from torch.utils.data import SequentialSampler
 from transformers import Trainer, TrainerCallback, set_seed
 from transformers.trainer_utils import TrainOutput
 
-from .adapters.lora import prepare_denoisers, restored_on_error
+from .adapters.lora import check_active, prepare_denoisers
 from .adapters.model_card import TrainedModel, write_model_card
+from .adapters.restored import random_state_restored_on_error, restored_on_error
 from .adapters.saving import save_trained
 from .evaluation.evaluators import check_rows, named_rewards
 from .evaluation.rows import read_if_geneval
 from .evaluation.scoring import scored_batches
 from .leapalign_config import LeapAlignConfig
 from .media import on_cpu
+from .process_state import use_state
 from .prompts.columns import CallColumns
+from .prompts.named import is_named, load_named_prompts
 from .prompts.sources import (
     PromptFunction,
     PromptSource,
@@ -56,18 +59,23 @@ from .training.groups import Compared, FlatUpdates, Groups
 from .training.guards import (
     NothingLearnt,
     check_best_model,
+    check_callbacks,
     check_evaluation,
     check_kinds,
     check_optimizer,
     check_optimizer_settings,
     check_output_dir,
     check_weights,
+    no_gradients_added,
 )
+from .training.image_grid import ImageGrid
 from .training.losses import below_threshold, limit_sample_gradients, reward_loss
 from .training.metrics import MetricBuffer, merge, peak_memory_gib, saturated, summarise
 from .training.optimizers import EndInEvaluationMode, evaluation_mode, has_modes
+from .training.process import check_gradients_possible, prepare_process
 from .training.publishing import HubPushes
 from .training.resuming import base_weights, choose_checkpoint, describe_run, load_run
+from .training.trackers import live_tracker
 
 MOST_IDLE_UPDATES = 10
 MOST_SHOWN = 64
@@ -93,9 +101,9 @@ class LeapAlignTrainer(HubPushes, Trainer):
         image_samples_hook (ImageSamplesHook | None): called as `hook(image_data, global_step, tracker)` when training
             logs and after an evaluation; `image_data` is a list of (images, prompts, metadata, rewards, details) on
             the CPU, with the last batch of training or the first 64 or so images of an evaluation, and `tracker` the
-            Accelerate tracker of the first entry of `config.report_to`, or None.
+            Accelerate tracker of the run that `config.report_to` has open, its first one, or None.
         train_dataset (PromptSource | None): prompts to train on; its other columns are the metadata.
-        eval_dataset (PromptSource | None): prompts of `evaluate()`.
+        eval_dataset (PromptSource | dict[str, PromptSource] | None): prompts of `evaluate()`, or several sets by name.
         peft_config (LoraConfig | None): the adapter; None is a LoRA of rank 32 on the linear layers of all blocks, or
             the adapter that the pipeline already has.
         callbacks (list[TrainerCallback] | None): further callbacks.
@@ -109,6 +117,7 @@ class LeapAlignTrainer(HubPushes, Trainer):
 
     _tag_names = ("trl", "leapalign")
 
+    @random_state_restored_on_error()
     def __init__(
         self,
         pipeline: DiffusionPipeline | str,
@@ -118,12 +127,14 @@ class LeapAlignTrainer(HubPushes, Trainer):
         image_samples_hook: ImageSamplesHook | None = None,
         *,
         train_dataset: PromptSource | None = None,
-        eval_dataset: PromptSource | None = None,
+        eval_dataset: PromptSource | dict[str, PromptSource] | None = None,
         peft_config: LoraConfig | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple = (None, None),
     ):
         check_kinds(config, image_samples_hook)
+        check_callbacks(callbacks)
+        check_gradients_possible()
         config = copy.copy(config) if config is not None else LeapAlignConfig()
         check_output_dir(config)
         set_seed(config.seed)
@@ -143,15 +154,15 @@ class LeapAlignTrainer(HubPushes, Trainer):
         eval_source = read_if_geneval(
             eval_dataset if eval_dataset is not None else config.eval_prompts, config.prompt_column
         )
-        eval_rows = load_prompts(eval_source, config.prompt_column, split="test") if eval_source is not None else None
-        check_rows(reward_function, self.prompt_source, eval_rows)
+        eval_rows = load_named_prompts(eval_source, config.prompt_column, split="test")
+        for rows in eval_rows.values() if is_named(eval_rows) else [eval_rows]:
+            check_rows(reward_function, self.prompt_source, rows)
         self.groups = Groups.of(config, self.rewards, config.build_method())
         self.columns = self._find_columns(config, eval_rows)
         epoch = None if callable(self.prompt_source) else len(self.prompt_source) * self.groups.size
         config.max_steps = config.count_updates(epoch)
         check_best_model(config)
-        # Trainer would copy the denoisers to all devices of the process, but the rollout runs the pipeline's own.
-        config._n_gpu = min(config.n_gpu, 1)
+        prepare_process(config)
         self.weight_average: WeightAverage | None = None
         self._reset_metrics(config)
         with restored_on_error(self.pipeline):
@@ -194,12 +205,15 @@ class LeapAlignTrainer(HubPushes, Trainer):
             check_optimizer(self.optimizer, self.rollout_model, config.ema_decay)
             self._given_optimizer = self.optimizer
             check_optimizer_settings(self)
+            self._state = partial(use_state, self.accelerator.state, config.distributed_state)
             self.pipeline.to(config.device)
             self.callback_handler.callbacks.insert(0, EndInEvaluationMode())
             if config.ema_decay is not None:
                 self.weight_average = WeightAverage(self.rollout_model, config.ema_decay)
                 self.callback_handler.callbacks.insert(0, self.weight_average)
             self.rewards.prepare(config.device)
+            if config.image_grid_steps is not None:
+                self.add_callback(ImageGrid(self, self._grid_rows(), config.image_grid_steps))
             if config.dry_run:
                 self.dry_run()
 
@@ -235,7 +249,8 @@ class LeapAlignTrainer(HubPushes, Trainer):
         prompts, metadata = for_copies(output.images, inputs["prompts"], inputs["metadata"])
         asking = self.rewards.asking_for_latents
         ends = end_latents(output, type(self.pipeline).__name__, asking) if asking else None
-        scores = self.rewards(output.images, prompts, metadata, ends)
+        with no_gradients_added(self.rollout_model):
+            scores = self.rewards(output.images, prompts, metadata, ends)
         self.groups.check_prompts(prompts)
         compared = self.groups.with_gradients(scores.rewards, ends, self.rewards)
         coefficients = [weight * scale for weight, scale in zip(self.rewards.weights, compared.scales, strict=True)]
@@ -267,7 +282,7 @@ class LeapAlignTrainer(HubPushes, Trainer):
                 **({} if output.penalty is None else {"base_distance": output.penalty.detach()}),
                 **({} if self.rewards.decoding == "none" else {"saturated": saturated(images)}),
                 "below_threshold": below_threshold(scores.rewards, self.rewards.thresholds, compared.teaching),
-                "finite": torch.isfinite(loss),
+                "finite": torch.isfinite(loss) & torch.isfinite(scores.rewards).all(),
             }
         )
 
@@ -287,7 +302,7 @@ class LeapAlignTrainer(HubPushes, Trainer):
         if not overflow and not (all_finite and norms.isfinite().all()):
             check_weights(self.rollout_model)
             raise FloatingPointError(
-                f"Update {self.state.global_step + 1}: the loss or its gradient is not finite (gradient norm "
+                f"Update {self.state.global_step + 1}: a reward, the loss or its gradient is not finite (gradient norm "
                 f"{norms.max().item()}). The weights were not changed. Last metrics: {self._metrics.last_batch()}. "
                 "Check the reward on the images of this step. Train again, from the last checkpoint's adapter if "
                 "you like, with a lower learning_rate, max_grad_norm or gradient_discount, or in bfloat16 or float32."
@@ -326,18 +341,33 @@ class LeapAlignTrainer(HubPushes, Trainer):
 
     def _show(self, image_data: list[tuple]) -> None:
         if self.image_samples_hook is not None and self.is_world_process_zero():
-            self.image_samples_hook(image_data, self.state.global_step, self._tracker)
+            trackers = (
+                live_tracker(name, self.callback_handler.callbacks, self.tracker_run_name)
+                for name in self.args.report_to
+            )
+            tracker = next((each for each in trackers if each is not None), None)
+            self.image_samples_hook(image_data, self.state.global_step, tracker)
 
-    @cached_property
-    def _tracker(self) -> GeneralTracker | None:
-        names = [name for name in self.args.report_to if name in LOGGER_TYPE_TO_CLASS]
-        if not names:
-            return None
-        tracker_class = LOGGER_TYPE_TO_CLASS[names[0]]
-        needed = {"logging_dir": self.args.output_dir} if tracker_class.requires_logging_directory else {}
-        tracker = tracker_class(self.args.run_name or "trl_leapalign", **needed)
-        tracker.start()
-        return tracker
+    @property
+    def tracker_run_name(self) -> str:
+        """What trackers call the run."""
+        return self.args.run_name or "trl_leapalign"
+
+    def _grid_rows(self) -> list[dict[str, Any]]:
+        """The prompts that `image_grid_steps` shows: the first for evaluation, else the first to train on."""
+        rows = self.eval_dataset
+        rows = next(iter(rows.values())) if isinstance(rows, dict) else rows
+        if rows is None:
+            rows = self.prompt_source
+        count = self.args.image_grid_prompts
+        if callable(rows):
+            drawn = [self.train_dataset[index] for index in range(count)]
+            return [{**each["metadata"], self.args.prompt_column: each["prompt"]} for each in drawn]
+        return [rows[index] for index in range(min(count, len(rows)))]
+
+    def leave_out_of_speed(self, seconds: float) -> None:
+        """Leave time that was spent on something else out of training's seconds_per_step."""
+        self._last_log += seconds
 
     def _pop_metrics(self) -> dict[str, float]:
         updates = self._metrics.num_batches("reward") / self.args.gradient_accumulation_steps
@@ -377,8 +407,13 @@ class LeapAlignTrainer(HubPushes, Trainer):
         self._reset_metrics(self.args)
         self.__dict__.pop("_run", None)
         asked = self.args.resume_from_checkpoint if resume_from_checkpoint is None else resume_from_checkpoint
+        self._state()
+        check_gradients_possible()
         checkpoint = choose_checkpoint(asked, self.args)
-        output = super().train(checkpoint, trial, ignore_keys_for_eval)
+        for name, denoiser in {} if self.args.full_finetuning else self.denoisers.items():
+            check_active(name, denoiser)
+        with torch.enable_grad():
+            output = super().train(checkpoint, trial, ignore_keys_for_eval)
         check_weights(self.rollout_model)
         return output
 
@@ -394,14 +429,15 @@ class LeapAlignTrainer(HubPushes, Trainer):
     @torch.no_grad()
     def evaluate(
         self,
-        eval_dataset: PromptSource | None = None,
+        eval_dataset: PromptSource | dict[str, PromptSource] | None = None,
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
         """Reward images of fixed prompts with fixed noise.
 
         Args:
-            eval_dataset (PromptSource | None): prompts; None takes those given to the trainer.
+            eval_dataset (PromptSource | dict[str, PromptSource] | None): prompts, or several sets of them by name,
+                whose metrics are called PREFIX_NAME_...; None takes those given to the trainer.
             ignore_keys (list[str] | None): unused, for Trainer.
             metric_key_prefix (str): put before the names of the metrics.
 
@@ -415,6 +451,10 @@ class LeapAlignTrainer(HubPushes, Trainer):
         source = eval_dataset if eval_dataset is not None else self.eval_dataset
         if source is None:
             raise ValueError("There are no prompts to evaluate on. Pass eval_dataset, or set eval_prompts.")
+        if is_named(source):
+            parts = [self.evaluate(own, ignore_keys, f"{metric_key_prefix}_{name}") for name, own in source.items()]
+            return {key: value for part in parts for key, value in part.items()}
+        self._state()
         rows = load_prompts(source, self.args.prompt_column, split="test")
         self.columns.check(rows)
         check_weights(self.rollout_model)
@@ -472,7 +512,7 @@ class LeapAlignTrainer(HubPushes, Trainer):
                 "with activation_checkpointing=True needs least memory."
             )
 
-    def _find_columns(self, config: LeapAlignConfig, eval_rows: Sequence[dict[str, Any]] | None) -> CallColumns:
+    def _find_columns(self, config: LeapAlignConfig, eval_rows: Any) -> CallColumns:
         """Which columns go into the pipeline's call, checked on all prompts that are there."""
         rows: Any = self.prompt_source
         if callable(rows):
@@ -482,8 +522,8 @@ class LeapAlignTrainer(HubPushes, Trainer):
             check_picklable(rows)
         options = (config.pipeline_columns, rows, config.call_kwargs(), config.prompt_column)
         columns = CallColumns.of(self.pipeline, *options)
-        if eval_rows is not None:
-            columns.check(eval_rows)
+        for own in eval_rows.values() if is_named(eval_rows) else [eval_rows] if eval_rows is not None else []:
+            columns.check(own)
         return columns
 
     def dry_run(self) -> DryRun:

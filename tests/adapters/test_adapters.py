@@ -6,7 +6,8 @@ from pipeline_cases.images import lumina
 from torch import nn
 
 from examples.tiny import tiny_flux, tiny_sd3
-from trl_leapalign.adapters.lora import attach_lora, default_lora, find_denoisers, prepare_denoisers, restored_on_error
+from trl_leapalign.adapters.lora import attach_lora, default_lora, find_denoisers, prepare_denoisers
+from trl_leapalign.adapters.restored import restored_on_error
 from trl_leapalign.adapters.saving import LORA_FILE, lora_state_dict, save_trained
 
 FLUX_TARGETS = {

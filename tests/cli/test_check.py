@@ -1,5 +1,6 @@
 """What `trl-leapalign check` finds on tiny pipelines."""
 
+import logging
 from dataclasses import replace
 
 import pytest
@@ -12,6 +13,7 @@ from examples.tiny import tiny_flux, tiny_sd3
 from examples.tiny_edit import tiny_qwen_image_edit
 from examples.tiny_video import tiny_wan
 from trl_leapalign import LeapAlignConfig
+from trl_leapalign.cli import check as check_module
 from trl_leapalign.cli.check import check
 from trl_leapalign.cli.main import main
 
@@ -154,3 +156,16 @@ def test_the_command(source, status, tmp_path, capsys, monkeypatch):
             main(arguments)
         assert exit.value.code == status
         assert "DDIMScheduler" in capsys.readouterr().out
+
+
+def test_memory_that_is_not_enough_is_told_apart(tmp_path, monkeypatch, caplog):
+    def fail(*arguments, **settings):
+        raise torch.OutOfMemoryError("tried to allocate 2 GiB")
+
+    monkeypatch.setattr(check_module, "LeapAlignTrainer", fail)
+    with caplog.at_level(logging.DEBUG, "trl_leapalign"):
+        found = check(tiny_flux(), settings(tmp_path))
+    assert found.out_of_memory and not found.trainable
+    assert "is not known, since the memory" in found.markdown() and "2 GiB" in found.markdown()
+    assert "cannot be trained" not in found.markdown()
+    assert "Traceback" in caplog.text and "in fail" in caplog.text

@@ -390,8 +390,7 @@ def test_image_samples_hook_gets_the_tracker(tmp_path):
         tmp_path, arguments={"image_samples_hook": hook}, report_to=["tensorboard"], run_name="run", max_steps=1
     )
     trainer.train()
-    trainer._tracker.finish()
-    [file] = (tmp_path / "run").glob("events.*")
+    [file] = tmp_path.rglob("events.*")
     assert accumulator.EventAccumulator(str(file)).Reload().Tags()["images"] == ["samples"]
 
 

@@ -3,44 +3,23 @@
 import copy
 import logging
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline, ModelMixin
 from diffusers.loaders import PeftAdapterMixin
-from diffusers.utils.peft_utils import recurse_remove_peft_layers
-from peft import LoraConfig, inject_adapter_in_model
+from peft import LoraConfig, PeftType, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
+
+from ..rollout.storage import check_storage
+from .wrapped import check_loadable, check_own_model
 
 logger = logging.getLogger(__name__)
 
 DEFAULT_RANK = 32
 KEEPS_BASE_WEIGHTS = (True, False, "gaussian", "orthogonal")
 DENOISER_PREFIXES = ("transformer", "unet")
-
-
-@contextmanager
-def restored_on_error(pipeline: DiffusionPipeline) -> Iterator[None]:
-    """Take new adapters off a pipeline and unfreeze what was not frozen, if what follows raises."""
-    modules = [component for component in pipeline.components.values() if isinstance(component, nn.Module)]
-    bare = [module for module in modules if not getattr(module, "peft_config", None)]
-    trainable = [parameter for module in modules for parameter in module.parameters() if parameter.requires_grad]
-    try:
-        yield
-    except BaseException:
-        for module in bare:
-            if getattr(module, "_hf_peft_config_loaded", False):
-                module.unload_lora()
-            elif getattr(module, "peft_config", None):
-                recurse_remove_peft_layers(module)
-                del module.peft_config
-        for module in modules:
-            module.requires_grad_(False)
-        for parameter in trainable:
-            parameter.requires_grad_(True)
-        raise
 
 
 def prepare_denoisers(
@@ -68,6 +47,7 @@ def prepare_denoisers(
         ValueError: if there is nothing to train, or an option does not fit the modules.
     """
     denoisers = find_denoisers(pipeline, names)
+    check_storage(pipeline, denoisers)
     parts = {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
     frozen = parts if full_finetuning else parts.keys() - denoisers
     adapted = sorted(name for name in frozen if getattr(parts[name], "peft_config", None))
@@ -85,6 +65,8 @@ def prepare_denoisers(
     else:
         for name, denoiser in denoisers.items():
             _train_all_weights(name, denoiser)
+    for name, denoiser in denoisers.items():
+        check_loadable(name, denoiser, full_finetuning)
     if checkpointing:
         enable_checkpointing(pipeline, denoisers)
     return denoisers
@@ -132,7 +114,7 @@ def find_denoisers(pipeline: DiffusionPipeline, names: list[str] | None = None) 
         dict[str, nn.Module]: by component name.
 
     Raises:
-        ValueError: if a name is not that of a module, none is found, or one is wrapped by torch.compile.
+        ValueError: if a name is not that of a module, none is found, or one is wrapped in another module.
     """
     modules = {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
     chosen = names if names is not None else [name for name in modules if name.startswith(DENOISER_PREFIXES)]
@@ -142,12 +124,8 @@ def find_denoisers(pipeline: DiffusionPipeline, names: list[str] | None = None) 
             f"{type(pipeline).__name__} has no module to train called {', '.join(unknown) or 'transformer or unet'}. "
             f"Set denoisers to some of {sorted(modules)}."
         )
-    compiled = [name for name in chosen if hasattr(modules[name], "_orig_mod")]
-    if compiled:
-        raise ValueError(
-            f"torch.compile() wrapped the {compiled[0]}, so its saved weights could not be loaded again. "
-            f"Compile it in place: pipeline.{compiled[0]}.compile()."
-        )
+    for name in chosen:
+        check_own_model(name, modules[name])
     return {name: modules[name] for name in chosen}
 
 
@@ -197,8 +175,11 @@ def attach_lora(denoisers: dict[str, nn.Module], peft_config: LoraConfig | None)
         TypeError: if the configuration is not LoRA's.
         ValueError: if it targets nothing, has dropout or what cannot be loaded again, or there are adapters besides it.
     """
-    if peft_config is not None and not isinstance(peft_config, LoraConfig):
-        raise TypeError(f"peft_config must be a peft.LoraConfig, got {type(peft_config).__name__}.")
+    if peft_config is not None and not _is_lora(peft_config):
+        raise TypeError(
+            f"peft_config must be a peft.LoraConfig, got {type(peft_config).__name__}. Pipelines load no other kind of "
+            "adapter."
+        )
     for name, denoiser in denoisers.items():
         loaded = list(getattr(denoiser, "peft_config", {}))
         if len(loaded) > 1 or (loaded and peft_config is not None):
@@ -206,12 +187,19 @@ def attach_lora(denoisers: dict[str, nn.Module], peft_config: LoraConfig | None)
                 f"The {name} already has the adapters {loaded}. Fuse or unload them to start a new one, or keep one "
                 "and pass no peft_config to go on training it."
             )
+        if loaded and not _is_lora(denoiser.peft_config[loaded[0]]):
+            kind = type(denoiser.peft_config[loaded[0]]).__name__.removesuffix("Config")
+            raise ValueError(
+                f"The {name} has an adapter of the kind {kind}, which no pipeline loads from a file. Load the pipeline "
+                "without it, and pass peft_config=LoraConfig(...) or leave it out for the default LoRA."
+            )
         config = denoiser.peft_config[loaded[0]] if loaded else copy.deepcopy(peft_config) or default_lora(denoiser)
         _check_adapter(config)
         if loaded:
-            _check_active(name, denoiser)
+            check_active(name, denoiser)
         else:
             _add_adapter(name, denoiser, config)
+        _log_adapter(name, denoiser, bool(loaded))
         for key, parameter in denoiser.named_parameters():
             if "lora_" in key:
                 parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
@@ -238,8 +226,43 @@ def _add_adapter(name: str, denoiser: nn.Module, config: LoraConfig) -> None:
         ) from error
 
 
-def _check_active(name: str, denoiser: nn.Module) -> None:
+def _is_lora(config: Any) -> bool:
+    """Whether it is LoRA's, not that of another method, some of which inherit from it."""
+    return isinstance(config, LoraConfig) and config.peft_type == PeftType.LORA
+
+
+def _log_adapter(name: str, denoiser: nn.Module, loaded: bool) -> None:
+    """Say which adapter is trained."""
+    adapter = adapter_name(denoiser)
+    scales = {
+        layer.scaling[adapter] * layer.r[adapter] / layer.lora_alpha[adapter]
+        for layer in denoiser.modules()
+        if isinstance(layer, BaseTunerLayer) and adapter in layer.lora_alpha and not layer.use_rslora[adapter]
+    }
+    origin = "goes on with the adapter that was there" if loaded else "starts a new adapter"
+    scale = ""
+    if loaded and not scales <= {1.0}:
+        scale = f" It is used at a scale of {min(scales):.3g}, which its saved weights contain."
+    logger.log(
+        logging.WARNING if scale else logging.INFO,
+        "Training of the %s %s, %r (rank %s).%s",
+        *(name, origin, adapter, denoiser.peft_config[adapter].r, scale),
+    )
+
+
+def check_active(name: str, denoiser: nn.Module) -> None:
+    """Raise ValueError if a denoiser has no adapter that acts on what it returns.
+
+    Args:
+        name (str): of the component.
+        denoiser (nn.Module): the component.
+    """
     layers = [module for module in denoiser.modules() if isinstance(module, BaseTunerLayer)]
+    if not any(adapter_name(denoiser) in layer._get_available_adapters() for layer in layers):
+        raise ValueError(
+            f"The adapter {adapter_name(denoiser)!r} of the {name} has no weights: nothing of its file was for it. "
+            "Unload it with pipeline.unload_lora_weights() to start a new one, or load the file that belongs to it."
+        )
     for attribute, problem, remedy in (
         ("disable_adapters", "disabled", "pipeline.enable_lora()"),
         ("merged", "fused", "pipeline.unfuse_lora()"),

@@ -1,5 +1,6 @@
 """Whether a pipeline can be trained, found out on it, and what to set."""
 
+import logging
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
@@ -24,6 +25,8 @@ from ..prompts.sources import PromptSource
 from ..rollout.pipelines import is_flow_matching, load_pipeline, modules_of, quiet, schedulers_of
 from ..training.dry_run import DryRun
 
+logger = logging.getLogger(__name__)
+
 PROMPTS = ("a photo of a cat", "two red squares left of a dog")
 # What a training needs, but a trial does not.
 NOT_TRIED = {
@@ -42,6 +45,7 @@ NOT_TRIED = {
     "load_best_model_at_end": False,
     "save_strategy": "no",
     "report_to": "none",
+    "image_grid_steps": None,
     "push_to_hub": False,
     "model_init_kwargs": None,
 }
@@ -73,6 +77,7 @@ class PipelineCheck:
     Args:
         name (str): name of its class.
         problem (str | None): why it cannot be trained; None if it can.
+        out_of_memory (bool): whether the problem is the memory of this machine, not the pipeline.
         schedulers (tuple[str, ...]): each with what it does.
         interpolant (str): the path of the noise times that was seen.
         num_steps (int): steps of the pipeline's last sampling loop.
@@ -88,6 +93,7 @@ class PipelineCheck:
 
     name: str
     problem: str | None = None
+    out_of_memory: bool = False
     schedulers: tuple[str, ...] = ()
     interpolant: str = ""
     num_steps: int = 0
@@ -122,6 +128,12 @@ class PipelineCheck:
         lines = [f"# {escape(self.name)}", "", "| | |", "| --- | --- |"]
         lines += [f"| {escape(name)} | {escape(value)} |" for name, value in rows.items() if value]
         verdict = "It can be trained." if self.trainable else f"It cannot be trained: {self.problem}"
+        if self.out_of_memory:
+            verdict = (
+                "Whether it can be trained is not known, since the memory of this machine was not enough: set "
+                "activation_checkpointing=True, a smaller sample_height and sample_width, or use a larger GPU. "
+                f"({self.problem})"
+            )
         lines += ["", verdict]
         if self.settings:
             lines += ["", "Set:", "", *(f"- {setting}" for setting in self.settings)]
@@ -151,7 +163,9 @@ def check(
         with tempfile.TemporaryDirectory() as folder:
             return _try(found, pipeline, config, prompts, Path(folder))
     except Exception as error:  # whatever stops it is the answer
-        return replace(found, problem=f"{type(error).__name__}: {error}")
+        logger.debug("What stopped the check of %s:", found.name, exc_info=True)
+        problem = f"{type(error).__name__}: {error}"
+        return replace(found, problem=problem, out_of_memory=isinstance(error, (torch.OutOfMemoryError, MemoryError)))
 
 
 def _try(

@@ -104,8 +104,9 @@ def compare(options: list[str]) -> None:
         pipeline_name=arguments.pipeline,
     )
     report = comparison.run()
-    print(report.read_text(encoding="utf-8"))
-    print(f"The report is {report}.")
+    if config.process_index == 0:
+        print(report.read_text(encoding="utf-8"))
+        print(f"The report is {report}.")
 
 
 def evaluate(options: list[str]) -> None:
@@ -149,7 +150,10 @@ def evaluate(options: list[str]) -> None:
 
 
 def check(options: list[str]) -> None:
-    """Try a pipeline out, print what was found, and exit with status 1 if it cannot be trained."""
+    """Try a pipeline out, print what was found, and exit with status 1 if it cannot be trained.
+
+    With --log_level debug, the traceback of what stopped it is printed too.
+    """
     from .check import PROMPTS
     from .check import check as run
 
@@ -158,8 +162,12 @@ def check(options: list[str]) -> None:
     arguments, config = _parse(CheckArguments, options, per_device_train_batch_size=2)
     prompts = config.train_prompts and _rows("train_prompts", config.train_prompts, config)
     pipeline = _object(arguments.pipeline)() if _is_object(arguments.pipeline) else arguments.pipeline
+    if config.log_level == "debug":
+        logging.basicConfig(format="%(message)s")
+        logging.getLogger("trl_leapalign").setLevel(logging.DEBUG)
     found = run(pipeline, config, prompts or [{config.prompt_column: prompt} for prompt in PROMPTS])
-    print(found.markdown())
+    if config.process_index == 0:
+        print(found.markdown())
     if not found.trainable:
         sys.exit(1)
 

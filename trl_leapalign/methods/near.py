@@ -74,8 +74,9 @@ class _Parting(Trajectory):
             *self.schedule.times[self.pairs.step - 1 : self.pairs.step + 1],
             self.schedule.interpolant,
         )
-        data = leap(*self.before, before, 0.0, interpolant)
-        noise = leap(*self.before, before, interpolant.noise_time, interpolant)
+        entered, velocity = self.before
+        data = leap(entered, velocity, before, 0.0, interpolant)
+        noise = leap(entered, velocity, before, interpolant.noise_time, interpolant)
         kept, new = math.sqrt(1.0 - self.pairs.strength**2), self.pairs.strength
         parted = latents.clone()
         for index, fresh in enumerate(self.pairs.draw(latents)):

@@ -15,6 +15,7 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 
 from ..media import open_image
+from .arguments import PASSED_ON, call_parameters
 
 logger = logging.getLogger(__name__)
 
@@ -87,8 +88,7 @@ class CallColumns:
             ValueError: if a column or a value is missing, an argument is given twice or not the user's to give, or it
                 is not clear whether a column is an argument.
         """
-        parameters = dict(inspect.signature(type(pipeline).__call__).parameters)
-        del parameters["self"]
+        parameters = call_parameters(pipeline)
         kinds = {key: str(parameter.annotation) for key, parameter in parameters.items()}
         found = cls(
             texts=frozenset(key for key, kind in kinds.items() if _takes_text(kind)),
@@ -246,7 +246,7 @@ def column_names(rows: Rows) -> list[str]:
 
 def takes_images(pipeline: DiffusionPipeline) -> list[str]:
     """Names of the arguments of a pipeline's call that take images."""
-    parameters = inspect.signature(type(pipeline).__call__).parameters
+    parameters = call_parameters(pipeline)
     return [name for name, parameter in parameters.items() if re.search(PICTURE, str(parameter.annotation))]
 
 
@@ -325,8 +325,7 @@ def _check_wanted(
 
 
 def _check_required(pipeline: str, parameters: Mapping[str, inspect.Parameter], given: set[str]) -> None:
-    kinds = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
-    required = [name for name, p in parameters.items() if p.default is p.empty and p.kind not in kinds]
+    required = [name for name, p in parameters.items() if p.default is p.empty and p.kind not in PASSED_ON]
     missing = [name for name in required if name not in given]
     if missing:
         raise TypeError(

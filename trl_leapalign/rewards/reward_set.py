@@ -68,11 +68,20 @@ class RewardSet:
         self.thresholds = list(map(_threshold, self.functions)) if thresholds is None else list(thresholds)
 
     def prepare(self, device: torch.device) -> None:
-        """Move reward models to a device, freeze them and put them in eval mode."""
+        """Move reward models to a device, freeze them and put them in eval mode.
+
+        One that is on an accelerator of its own, such as a second GPU, stays there: it moves the images itself.
+
+        Args:
+            device (torch.device): where the pipeline runs.
+        """
         for function in self.functions:
             function = function.function if isinstance(function, BlackBox) else function
             if isinstance(function, nn.Module):
-                function.to(device).eval().requires_grad_(False)
+                kinds = {value.device.type for value in (*function.parameters(), *function.buffers())}
+                if kinds <= {"cpu"}:
+                    function.to(device)
+                function.eval().requires_grad_(False)
 
     @property
     def black_boxes(self) -> list[str]:

@@ -1,12 +1,14 @@
 """How far denoisers with adapters have moved from their base, at the steps that run with gradients."""
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+
+from .hooks import around_calls
 
 
 @contextmanager
@@ -27,23 +29,26 @@ def distances_to_base(denoisers: Iterable[nn.Module], batch_size: int) -> Iterat
     def compare(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         if not torch.is_grad_enabled():
             return
-        with torch.no_grad(), _adapters_off(module):
+        with torch.no_grad(), adapters_off(module):
             base = module(*args, **kwargs)
         pairs = zip(_samples(output), _samples(base), strict=True)
         errors = [(ours.float() - theirs.float()).square() for ours, theirs in pairs]
         by_sample = torch.stack([error.mean() for error in errors]) if len(errors) > 1 else errors[0].flatten(1).mean(1)
         distances.append(by_sample.unflatten(0, (-1, batch_size)).mean(0))
 
-    hooks = [denoiser.register_forward_hook(compare, with_kwargs=True) for denoiser in denoisers]
-    try:
+    with ExitStack() as stack:
+        for denoiser in denoisers:
+            stack.enter_context(around_calls(denoiser, after=compare))
         yield distances
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 @contextmanager
-def _adapters_off(module: nn.Module) -> Iterator[None]:
+def adapters_off(module: nn.Module) -> Iterator[None]:
+    """Let a module and its parts run without their adapters for a while.
+
+    Args:
+        module (nn.Module): may have adapters anywhere in it.
+    """
     layers = [layer for layer in module.modules() if isinstance(layer, BaseTunerLayer)]
     trained = [(parameter, parameter.requires_grad) for layer in layers for parameter in layer.parameters()]
     for layer in layers:

@@ -75,7 +75,8 @@ def sample_images(
         ValueError: if images must be independent, but the solver draws noise of its own for a batch of several; if
             they differ in size or number, or a row lacks what goes into the call.
     """
-    images, latents = [], []
+    images: list[Tensor] = []
+    latents: list[Tensor] = []
     for own, kwargs in batch_calls(call_kwargs, columns, prompts, metadata, seed, purpose, indices):
         with solver_noise(seed, purpose, own[0]):
             before = _random_states()

@@ -9,6 +9,7 @@ from typing import Any
 
 from diffusers import DiffusionPipeline
 
+from .hooks import around_calls
 from .pipelines import (
     is_flow_matching,
     modules_of,
@@ -37,9 +38,11 @@ def instrumented(pipeline: DiffusionPipeline, recorder: Recorder) -> Iterator[No
                 # Some models, made to be run without gradients, read this flag with them but never set it.
                 stack.enter_context(temporary_attribute(module, CHECKPOINTING, False))
             if any(parameter.requires_grad for parameter in module.parameters()):
-                stack.callback(module.register_forward_pre_hook(recorder.before_call, prepend=True).remove)
+                stack.enter_context(around_calls(module, before=recorder.before_call))
                 for submodule in module.modules():
                     _record_gradients(submodule, stack)
+            if hasattr(module, "decode"):
+                stack.enter_context(temporary_attribute(module, "decode", recorder.decoder_of(module.decode)))
             for submodule in filter(lambda part: part.training, module.modules()):
                 stack.enter_context(temporary_attribute(submodule, "training", False))
         yield

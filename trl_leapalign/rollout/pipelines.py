@@ -1,6 +1,5 @@
 """What a pipeline consists of, and whether it can be differentiated."""
 
-import inspect
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,6 +9,8 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline, SchedulerMixin
 from torch import nn
+
+from ..prompts.arguments import PASSED_ON, call_parameters
 
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
@@ -97,7 +98,7 @@ def check_pipeline(pipeline: DiffusionPipeline) -> None:
             "pipeline.remove_all_hooks(), leave group offloading out or load it without device_map, then "
             "pipeline.to(device)."
         )
-    if "output_type" not in inspect.signature(type(pipeline).__call__).parameters:
+    if "output_type" not in call_parameters(pipeline):
         raise ValueError(f"{name} cannot return tensors: its call has no output_type argument.")
 
 
@@ -133,8 +134,10 @@ def check_call_arguments(pipeline: DiffusionPipeline, names: Any) -> None:
     Raises:
         TypeError: if the call does not take one of them, or it is not the caller's to set.
     """
-    parameters = inspect.signature(type(pipeline).__call__).parameters
-    known = [name for name in parameters if name not in ("self", "return_dict")]
+    parameters = call_parameters(pipeline)
+    known = [
+        name for name, parameter in parameters.items() if name != "return_dict" and parameter.kind not in PASSED_ON
+    ]
     takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     unknown = [name for name in names if name == "return_dict" or (name not in known and not takes_any)]
     if unknown:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline, SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..media import by_sample
 from ..methods.base import Method, Schedule
@@ -21,6 +21,9 @@ from .pipelines import (
     modules_of,
 )
 from .streams import Stream, Timesteps, plain_attribute, read_schedule
+from .validation import check_outcome, check_plan, check_trajectory
+
+REPLACED = ("set_timesteps", "step", "set_begin_index")
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,17 @@ class StartsLater(Exception):
         self.index = index
 
 
+class Replacement:
+    """A function in the place of a scheduler's method, with the signature of the method, which pipelines look at."""
+
+    def __init__(self, function: Callable, method: Callable):
+        functools.update_wrapper(self, method)
+        self.function = function
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.function(*args, **kwargs)
+
+
 class Recorder:
     """Stands between a pipeline and its schedulers for the time of one rollout."""
 
@@ -81,41 +95,49 @@ class Recorder:
         self.streams: dict[int, Stream] = {}  # the latest of each scheduler, by id
         self.finished: list[Stream] = []
         self.schedulers: dict[int, SchedulerMixin] = {}
+        self.replaced_by_user: dict[int, dict[str, Any]] = {}  # methods on the instance, by id of the scheduler
 
     def track(self, scheduler: SchedulerMixin) -> None:
         """Replace methods of one instance, and so of the deep copies made of it; its class stays as it is."""
-        if "step" in vars(scheduler):
+        if isinstance(getattr(vars(scheduler).get("step"), "__func__", None), Replacement):
             raise RuntimeError(
                 "The pipeline is already in a rollout. Run one at a time, or make another pipeline of its components "
                 "with a scheduler of its own."
             )
         original, recorder = type(scheduler), self
+        own = {name: vars(scheduler)[name] for name in REPLACED if name in vars(scheduler)}
+        self.replaced_by_user[id(scheduler)] = own
 
-        @functools.wraps(original.set_timesteps)
+        def take_step(self: Any, *args: Any, **kwargs: Any) -> Any:
+            return own["step"](*args, **kwargs) if "step" in own else original.step(self, *args, **kwargs)
+
         def set_timesteps(self: Any, *args: Any, **kwargs: Any) -> None:
-            original.set_timesteps(self, *args, **kwargs)
+            call = own.get("set_timesteps") or MethodType(original.set_timesteps, self)
+            call(*args, **kwargs)
             recorder.schedulers[id(self)] = self
             recorder.start(self, recorder.first_index)
 
-        @functools.wraps(original.step)
         def step(self: Any, *args: Any, **kwargs: Any) -> Any:
             recorder.schedulers[id(self)] = self
             bound = inspect.signature(original.step).bind(self, *args, **kwargs)
-            return recorder.step(self, original.step, bound)
+            return recorder.step(self, take_step, bound)
 
         def set_begin_index(self: Any, begin_index: int = 0) -> None:
-            original.set_begin_index(self, begin_index)
+            call = own.get("set_begin_index") or MethodType(original.set_begin_index, self)
+            call(begin_index)
             recorder.start(self, begin_index)
 
         for replaced in (set_timesteps, step, set_begin_index):
             if hasattr(original, replaced.__name__):
-                vars(scheduler)[replaced.__name__] = MethodType(replaced, scheduler)
+                wrapper = Replacement(replaced, getattr(original, replaced.__name__))
+                vars(scheduler)[replaced.__name__] = MethodType(wrapper, scheduler)
         self.schedulers[id(scheduler)] = scheduler
 
     def release(self) -> None:
         for scheduler in self.schedulers.values():
-            for name in ("set_timesteps", "step", "set_begin_index"):
+            for name in REPLACED:
                 vars(scheduler).pop(name, None)
+            vars(scheduler).update(self.replaced_by_user.get(id(scheduler), {}))
             for name, value in vars(scheduler).items():
                 setattr(scheduler, name, plain_attribute(value))
 
@@ -127,6 +149,7 @@ class Recorder:
         self.generator.set_state(self.state)  # streams of equally many steps draw the same ones
         schedule, inverted = read_schedule(scheduler, first_index)
         plan = self.method.plan(schedule, self.generator)
+        check_plan(self.method, plan, schedule)
         if plan.copies and self.finished:
             raise ValueError(
                 f"The pipeline sets a schedule after a sampling loop, and {type(self.method).__name__} repeats the "
@@ -135,7 +158,9 @@ class Recorder:
         if plan.copies:
             *times, end = schedule.times
             schedule = Schedule((*times, *times[-1:] * plan.copies, end), schedule.interpolant)
-        self.streams[id(scheduler)] = Stream(first_index, inverted, schedule, plan, self.method.follow(plan, schedule))
+        trajectory = self.method.follow(plan, schedule)
+        check_trajectory(self.method, trajectory)
+        self.streams[id(scheduler)] = Stream(first_index, inverted, schedule, plan, trajectory)
         if plan.stop is not None or plan.copies:
             scheduler.timesteps = Timesteps.of(scheduler.timesteps, lambda: self.streams[id(scheduler)])
         self.switch_gradients()
@@ -191,7 +216,22 @@ class Recorder:
             self.copy_generators = copies if len(copies) > 1 else copies[0]
         return randn_tensor(latents.shape, self.copy_generators, latents.device, latents.dtype)
 
-    def before_call(self, module: nn.Module, args: tuple) -> None:
+    def decoder_of(self, decode: Any) -> Callable:
+        """Decode copies in calls of their own, so that the samples' images are those of a plain call bit for bit."""
+
+        @functools.wraps(decode)
+        def decode_apart(latents: Any, *args: Any, **kwargs: Any) -> Any:
+            parts = 1 + max((stream.plan.copies for stream in self.streams.values()), default=0)
+            if parts == 1 or not isinstance(latents, Tensor) or len(latents) % parts:
+                return decode(latents, *args, **kwargs)
+            outputs = [decode(part, *args, **kwargs) for part in latents.chunk(parts)]
+            if isinstance(outputs[0], Tensor):
+                return torch.cat(outputs)
+            return _with_latents(outputs[0], lambda _: torch.cat([output[0] for output in outputs]), at_end=False)
+
+        return decode_apart
+
+    def before_call(self) -> None:
         """A schedule that was set after a loop may be another loop's or no one's: a denoiser's call tells."""
         if torch.is_grad_enabled():
             self.switch_gradients(in_call=True)
@@ -220,11 +260,13 @@ class Recorder:
                     "arguments that end the sampling early."
                 )
         outcomes = [stream.trajectory.outcome() for stream in streams]
+        for stream, outcome in zip(streams, outcomes, strict=True):
+            check_outcome(stream.trajectory, outcome, len(stream.end))
         images = by_sample(images, len(outcomes[0].weights), name)
         if not isinstance(images, Tensor):
             raise ValueError(f"{name} returned {type(images).__name__} for tensors; it cannot be differentiated.")
         trained = any(p.requires_grad for module in modules_of(pipeline).values() for p in module.parameters())
-        ends = [images] if self.differentiate_output else [stream.latest for stream in streams]
+        ends = [images] if self.differentiate_output else [stream.end for stream in streams]
         expected = trained and any(stream.plan.active_steps for stream in streams)
         if expected and not any(end.requires_grad for end in ends):
             raise RuntimeError(
@@ -238,7 +280,7 @@ class Recorder:
             metrics={
                 key: torch.stack([outcome.metrics[key] for outcome in outcomes]).mean(0) for key in outcomes[0].metrics
             },
-            latents=tuple(stream.latest for stream in streams if stream.latest is not None),
+            latents=tuple(stream.end for stream in streams),
         )
 
 

@@ -17,6 +17,7 @@ from ..prompts.columns import CallColumns
 from ..prompts.seeds import Purpose, make_generator
 from .base_penalty import distances_to_base
 from .calls import NO_COLUMNS, batch_calls, sample_images, solver_noise
+from .hooks import check_repeatable
 from .pipelines import modules_of, quiet
 from .recompute import WRITTEN_INTO, check_checkpointing, copies_of_saved_tensors
 from .recorder import RolloutOutput
@@ -39,6 +40,9 @@ class RolloutModel(nn.Module):
         columns (CallColumns): the columns of the metadata that go into the call.
         decoding (str): "differentiable", or "plain" for images without graph, or "none" for latents in their place.
         near (NearGroups | None): how the samples of a group stay close; None gives each sample noise of its own.
+
+    Raises:
+        ValueError: if a denoiser cannot be called a second time for `base_penalty`.
     """
 
     accepts_loss_kwargs = False
@@ -57,6 +61,8 @@ class RolloutModel(nn.Module):
         near: "NearGroups | None" = None,
     ):
         super().__init__()
+        if base_penalty:
+            check_repeatable(denoisers.items())
         self.denoisers = nn.ModuleDict(denoisers)
         self.pipeline = pipeline
         self.method = method

@@ -17,6 +17,7 @@ from .pipelines import (
     check_pipeline,
 )
 from .recorder import Recorder, RolloutOutput, StartsLater
+from .validation import own_generator
 
 OUTPUT_TYPES = ("pt", "latent")
 
@@ -66,6 +67,7 @@ def run_rollout(
     if method_generator is None:
         method_generator = torch.Generator()
         method_generator.seed()
+    method_generator = own_generator(method_generator)
     states = _RandomStates(method_generator, call_kwargs.get("generator"))
     first_index = 0
     tried = {first_index}

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..methods.base import Plan, Schedule, Trajectory
 from ..methods.flow import RECTIFIED, TRIGFLOW, connect, scale_gradient
+from .validation import check_entered
 
 # Stands for a gradient discount of 0: the scale is taken off again after the denoiser, so it must be invertible.
 _ZERO_SCALE = 2.0**-60
@@ -49,6 +50,12 @@ class Stream:
         return self.schedule.num_steps if self.plan.stop is None else self.plan.stop + 1
 
     @property
+    def end(self) -> Tensor:
+        """What the loop ended with, with the graph that the method gave it."""
+        assert self.latest is not None, "a loop that took its steps has an end"
+        return self.latest
+
+    @property
     def running(self) -> bool:
         return 0 < self.num_taken < self.num_to_take
 
@@ -62,6 +69,8 @@ class Stream:
     def enter(self, latents: Tensor) -> Tensor:
         step = self.num_taken if self.num_taken < self.num_to_take else self.schedule.num_steps
         entered = self.trajectory.enter(step, latents)
+        at_end = step == self.schedule.num_steps
+        check_entered(self.trajectory, entered, latents, step, self.plan.copies if at_end else 0)
         self.entered = entered if entered.requires_grad else None
         if self.is_active(step) and entered.requires_grad:
             if self.scale == _ZERO_SCALE and latents.dtype == torch.float16:

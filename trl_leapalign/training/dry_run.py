@@ -14,6 +14,7 @@ from ..rewards import RewardSet, Scores, check_finite
 from ..rollout.pipelines import components_of
 from ..rollout.recorder import RolloutOutput
 from ..rollout.rollout_model import RolloutModel, end_latents, for_copies
+from .guards import no_gradients_added
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +71,8 @@ def dry_run(
         prompts, metadata = for_copies(output.images, batch["prompts"], batch["metadata"])
         asking = rewards.asking_for_latents
         latents = end_latents(output, type(model.pipeline).__name__, asking) if asking else None
-        scores = rewards(output.images, prompts, metadata, latents)
+        with no_gradients_added(model):
+            scores = rewards(output.images, prompts, metadata, latents)
         check_finite(scores, rewards.names, prompts)
         check_thresholds(scores.rewards, rewards.names, rewards.thresholds)
         denoisers = dict(model.denoisers.items())
