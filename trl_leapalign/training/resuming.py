@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 SAME = (
     *("sample_num_steps", "sample_guidance_scale", "sample_height", "sample_width", "sample_kwargs"),
     *("seed", "data_seed", "train_sampling_strategy", "samples_per_update", "draw_group_size"),
-    *("full_finetuning", "base_penalty", "ema_decay", "bf16", "fp16"),
+    *("full_finetuning", "base_penalty", "ema_decay", "bf16", "fp16", "reward_kwargs"),
     *("optim", "optim_args", "learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon"),
     *("lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps"),
 )
