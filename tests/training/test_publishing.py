@@ -7,6 +7,7 @@ import pickletools
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hub_server import hub_server
@@ -149,3 +150,22 @@ def test_settings_are_written_down_without_secrets(tmp_path):
     assert config.model_init_kwargs["torch_dtype"] is torch.bfloat16  # still what was set
     assert config.to_dict()["model_init_kwargs"]["proxies"] == {"https": "http://host"}
     assert Path(config.output_dir) == tmp_path
+
+
+def test_settings_that_json_cannot_hold_are_described_where_trackers_read_them(tmp_path):
+    def look(pipe, step, time, tensors):
+        return {}
+
+    ones = torch.ones(2, 3, dtype=torch.bfloat16)
+    config = make_config(
+        tmp_path, sample_kwargs={"callback_on_step_end": look, "mask": ones, "sizes": (1, np.int64(2))}
+    )
+    described = json.loads(config.to_json_string())["sample_kwargs"]
+    assert described["sizes"] == [1, 2] and described["callback_on_step_end"].endswith(".look")
+    assert described["mask"].startswith("torch.bfloat16 Tensor 2x3, SHA-256 ")
+    other = make_config(tmp_path, sample_kwargs={"mask": ones * 2}).to_dict()["sample_kwargs"]
+    assert other["mask"] != described["mask"]
+    trainer = make_trainer(tmp_path, report_to="tensorboard", sample_kwargs={"callback_on_step_end": look}, max_steps=1)
+    trainer.train()
+    assert trainer.args.sample_kwargs["callback_on_step_end"] is look
+    assert list(tmp_path.rglob("*.tfevents.*"))

@@ -1,1 +1,5 @@
 """The command `trl-leapalign`."""
+
+from .main import main
+
+__all__ = ["main"]
