@@ -38,7 +38,7 @@ def test_programs(title, tmp_path, monkeypatch):
     monkeypatch.setattr(vlm, "load_model", lambda *args, **settings: vlm_cases.vlm_model())
     monkeypatch.setattr(vlm, "load_tokenizer", lambda *args: vlm_cases.vlm_tokenizer())
     monkeypatch.setattr(vlm, "load_image_processor", lambda *args: vlm_cases.vlm_image_processor())
-    monkeypatch.setattr(relative, "load_reward", lambda name: CASES["hpsv2"]())
+    monkeypatch.setattr(relative, "load_named", lambda name: CASES["hpsv2"]())
     assert len(PROGRAMS[title].strip().splitlines()) <= 10
     exec(PROGRAMS[title], {})
     [[reward], last] = trained

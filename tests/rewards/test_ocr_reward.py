@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from trl_leapalign.rewards import OCRReward, RewardSet
+from trl_leapalign.rewards import OCRReward, RewardSet, VideoReward
 from trl_leapalign.rewards import ocr as module
 from trl_leapalign.rewards.ocr import edit_similarity, exact_match, levenshtein
 
@@ -67,6 +67,13 @@ def test_rewards_of_images():
     assert exact(images, prompts, [{"sign": "blue blue"}] * 3)[0].tolist() == [0, 1, 0]
     scores = RewardSet(reward)(images, prompts, [{}, {}, {"text": "green red"}])
     assert scores.details["OCRReward"]["text"][2] == "green red"
+
+
+def test_texts_in_videos():
+    reward = VideoReward(OCRReward(color_reader))
+    assert reward.differentiable is False and VideoReward(lambda images, prompts, metadata: images).differentiable
+    videos = torch.stack([torch.cat([striped("red", "blue"), striped("blue", "blue")])])
+    assert reward(videos, ['"red blue"'], [{}])[0].tolist() == pytest.approx([1 - 2 / 7])
 
 
 def test_what_cannot_be_read():

@@ -194,6 +194,8 @@ def test_bad_questions():
         vlm_reward(answers={"Yes": 1, "yes": 0})
     with pytest.raises(ValueError, match="two at least, of different values"):
         vlm_reward(answers={"yes": 1})
+    with pytest.raises((TypeError, ValueError), match=r"answers\['no'\]='low'"):
+        vlm_reward(answers={"yes": 1, "no": "low"})
     with pytest.raises(TypeError, match="must be a dict of texts"):
         vlm_reward(answers=["yes", "no"])
     for question, kind in (("", ValueError), ([], ValueError), (["Is it?", " "], ValueError), (3, TypeError)):
@@ -284,6 +286,6 @@ def test_training_raises_the_probability_of_yes(tmp_path, caplog):
     settings = {"max_steps": 12, "per_device_train_batch_size": 4, "learning_rate": 1e-2, "dry_run": True}
     trainer = make_trainer(tmp_path, pipeline, reward, prompts=TRAINING_PROMPTS[:1], **settings)
     trainer.train()
-    assert yes() > before + 0.05
+    assert yes() > before + 0.02
     rewards = [entry["reward"] for entry in trainer.state.log_history if "reward" in entry]
     assert rewards[-1] > rewards[0]

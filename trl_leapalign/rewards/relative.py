@@ -5,8 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .builtin import check_reward_name, load_reward
-from .callables import RewardFunction, check_callable, check_rewards, name_of
+from .builtin import check_reward_name, load_named
+from .callables import NamedReward, RewardFunction, check_callable, check_rewards, name_of
 
 PROMPT = "{prompt}"
 
@@ -18,7 +18,7 @@ class RelativeReward(nn.Module):
     moves towards the one description and away from the other, as in SRPO (https://huggingface.co/papers/2509.06942).
 
     Args:
-        reward (RewardFunction | str): the reward, or the name of a built-in one.
+        reward (RewardFunction | NamedReward | str): the reward, or the name of a built-in one.
         words (str): the prompt that images should fit, such as "Realistic photo. {prompt}", where {prompt} stands for
             the image's own.
         against (str): the one that they should not, such as "CG render. {prompt}". Plain "{prompt}" is the prompt
@@ -31,7 +31,7 @@ class RelativeReward(nn.Module):
         FileNotFoundError: if the weights of a built-in reward are not to be had.
     """
 
-    def __init__(self, reward: RewardFunction | str, words: str, against: str = PROMPT):
+    def __init__(self, reward: RewardFunction | NamedReward | str, words: str, against: str = PROMPT):
         super().__init__()
         for name, text in (("words", words), ("against", against)):
             if not isinstance(text, str) or PROMPT not in text:
@@ -40,7 +40,7 @@ class RelativeReward(nn.Module):
             raise ValueError(f"words and against are both {words!r}, so the reward would always be 0.")
         check_reward_name(reward) if isinstance(reward, str) else check_callable(reward)
         self.__name__ = f"relative_{name_of(reward)}"
-        self.reward = load_reward(reward) if isinstance(reward, str) else reward
+        self.reward = load_named(reward)
         if not getattr(self.reward, "reads_prompts", True):
             raise ValueError(f"The reward {name_of(reward)!r} does not read the prompt, so the difference would be 0.")
         self.words, self.against = words, against

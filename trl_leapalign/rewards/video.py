@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ..ranges import Range
-from .builtin import load_reward
+from .builtin import load_named
 from .callables import RewardFunction, check_callable, check_inputs, check_rewards, name_of
 from .reward_model import RewardModel, at_least_float32
 
@@ -58,7 +58,8 @@ class VideoReward(RewardModel):
         if not isinstance(reward, str):
             check_callable(reward)
         self.__name__ = name_of(reward)
-        self.reward = load_reward(reward) if isinstance(reward, str) else reward
+        self.reward = load_named(reward)
+        self.differentiable = getattr(self.reward, "differentiable", True)
         self.threshold = self.reward.threshold if isinstance(self.reward, RewardModel) else None
         self.every, self.num_random, self.seed = every, num_random, seed
 

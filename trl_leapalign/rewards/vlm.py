@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForImageTextToText, BaseImageProcessor, PreTrainedModel, PreTrainedTokenizerBase
 
+from ..ranges import Range
 from .callables import check_inputs
 from .pixels import PixelValues
 from .reward_model import RewardModel, at_least_float32
@@ -274,6 +275,8 @@ def _check_answers(answers: Any) -> dict[str, float] | None:
         return None
     if not isinstance(answers, Mapping) or not all(isinstance(name, str) and name.strip() for name in answers):
         raise TypeError(f'answers={answers!r} must be a dict of texts and their values, such as {{"yes": 1, "no": 0}}.')
+    for name, value in answers.items():
+        Range().check(f"answers[{name!r}]", value)
     if len(set(answers.values())) < 2:
         raise ValueError(f"answers={answers!r} must be two at least, of different values.")
     return dict(answers)
