@@ -53,7 +53,7 @@ class _Parting(Trajectory):
 
     def __init__(self, trajectory: Trajectory, schedule: Schedule, pairs: NearPairs):
         self.trajectory, self.schedule, self.pairs = trajectory, schedule, pairs
-        self.before: tuple[Tensor, Tensor] | None = None  # latents and velocity of the step before
+        self.before: tuple[Tensor, Tensor]  # latents and velocity of the step before
 
     def enter(self, step: int, latents: Tensor) -> Tensor:
         if step != self.pairs.step:
