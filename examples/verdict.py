@@ -1,7 +1,7 @@
 """Align the shapes pipeline with the judge's verdict alone: 0 or 1 for a picture, and no gradient.
 
     python examples/verdict.py                       # the verdict, BlackBox(is_right)
-    python examples/verdict.py --reward analytic     # the quick start's differentiable reward beside it
+    python examples/verdict.py --reward analytic     # the quick start's differentiable reward, by the same script
 
 The world, the pipeline, the prompts and the evaluation are those of quickstart.py. Writes results.json; a run that was
 stopped goes on from its last checkpoint when it is started again.

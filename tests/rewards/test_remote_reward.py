@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from reward_cases import random_images
 
-from trl_leapalign.rewards import RemoteReward, RewardSet, remote
+from trl_leapalign.rewards import BlackBox, RemoteReward, RewardSet, remote
 
 PROMPTS = ["a red circle", "two dogs"]
 
@@ -72,13 +72,16 @@ def test_images_prompts_and_metadata_are_posted(server):
         assert torch.equal(torch.tensor(pixels).permute(2, 0, 1), (image * 255).round().to(torch.uint8))
 
 
-def test_it_serves_evaluation_and_has_no_gradient(server):
-    server.answers = [(200, {"scores": [1, 2]})] * 2
+def test_it_serves_evaluation_and_training_without_gradient(server):
+    server.answers = [(200, {"scores": [1, 2]})] * 3
     reward, images = RewardSet(RemoteReward(server.url)), random_images(2, 3, 4, 4)
+    assert reward.black_boxes == ["RemoteReward"] and reward.decoding == "plain"
     with torch.no_grad():
         assert reward(images, PROMPTS, [{}, {}]).total.tolist() == [1, 2]
-    assert reward.black_boxes == ["RemoteReward"]
-    assert not reward(images.requires_grad_(), PROMPTS, [{}, {}]).rewards.requires_grad
+    scores = reward(images.requires_grad_(), PROMPTS, [{}, {}])
+    assert scores.rewards.tolist() == [[1, 2]] and not scores.rewards.requires_grad
+    wrapped = RewardSet(BlackBox(RemoteReward(server.url)))
+    assert wrapped(images, PROMPTS, [{}, {}]).total.tolist() == [1, 2] and wrapped.names == ["RemoteReward"]
 
 
 def test_failures_of_the_server_are_tried_again(server, pauses):
