@@ -260,7 +260,8 @@ class Recorder:
         if trained and not images.requires_grad:
             raise RuntimeError(
                 f"The output of {name} carries no gradient: something between its denoiser and its output detaches it, "
-                "or none of the parameters that require gradients take part in the sampling."
+                "or none of the parameters that require gradients take part in the sampling. An image-to-video "
+                "pipeline keeps its first frame: sample so many that there are more latent frames than that one."
             )
         return RolloutOutput(
             images=images,
