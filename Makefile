@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 SHELL := /bin/bash
 
-.PHONY: quickstart test test-all pipelines lint format clean
+.PHONY: quickstart test test-slow test-all kills pipelines lint format clean
 
 quickstart: .venv/ready  ## train the shapes pipeline for five minutes and show what it learnt
 	$(BIN)/python examples/quickstart.py
@@ -10,8 +10,14 @@ quickstart: .venv/ready  ## train the shapes pipeline for five minutes and show 
 test: lint  ## all tests but the slow ones, on all cores
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadgroup -m "not slow"
 
-test-all: test  ## the slow tests too: the whole matrix of pipelines
+test-all: test test-slow  ## all tests
+
+test-slow: .venv/ready  ## the slow tests: the whole matrix of pipelines
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadgroup -m slow
+
+kills: .venv/ready  ## kill trainings again and again, of one process and of two, and compare where they end
+	for processes in 1 2; do PYTHONPATH=.:tests OMP_NUM_THREADS=1 \
+		$(BIN)/python tests/training/kills.py --kills 50 --processes $$processes || exit 1; done
 
 pipelines: .venv/ready  ## write the table of docs/pipelines.md
 	PYTHONPATH=.:tests $(BIN)/python tests/pipeline_table.py
@@ -19,6 +25,7 @@ pipelines: .venv/ready  ## write the table of docs/pipelines.md
 lint: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 format: .venv/ready
 	$(BIN)/ruff check --fix .

@@ -1,5 +1,6 @@
 """LeapAlignConfig: every setting of a training run."""
 
+import copy
 import dataclasses
 import json
 import math
@@ -16,6 +17,7 @@ from .methods import METHODS, Method
 from .process_state import state_of_others_kept
 from .prompts.columns import COPIES, read_columns
 from .ranges import Range, check_bool
+from .redaction import plain
 
 RESERVED_SAMPLE_KWARGS = {
     "prompt": "prompts come from the dataset",
@@ -40,6 +42,7 @@ NUMBERS = {
     **dict.fromkeys(
         (
             *("sample_num_steps", "eval_num_steps", "sample_height", "sample_width", "draw_group_size"),
+            "samples_per_prompt",
             *("image_grid_steps", "image_grid_prompts"),
         ),
         Range(1, whole=True),
@@ -47,10 +50,17 @@ NUMBERS = {
     "num_train_epochs": Range(0, excluded=True),
     "seed": Range(0, whole=True),
     "data_seed": Range(0, whole=True),
+    **dict.fromkeys(("adam_beta1", "adam_beta2"), Range(0, 1, high_excluded=True)),
+    **dict.fromkeys(("adam_epsilon", "warmup_steps", "eval_delay"), Range(0)),
+    "dataloader_num_workers": Range(0, whole=True),
+    **dict.fromkeys(("save_total_limit", "dataloader_prefetch_factor"), Range(1, whole=True)),
     "sample_guidance_scale": Range(),
     "ema_decay": Range(0, 1, excluded=True),
     "base_penalty": Range(0, excluded=True),
     "max_sample_grad_norm": Range(0, excluded=True),
+    "near_step": Range(1, whole=True),
+    "near_noise": Range(0, 1, excluded=True),
+    "difference_power": Range(0),
 }
 """Where each numeric setting lies, unless it is None by default and left so."""
 METRIC_SCHEDULERS = ("reduce_lr_on_plateau", "greedy")
@@ -134,6 +144,28 @@ class LeapAlignConfig(TrainingArguments):
             Threshold lambda of each reward, on its own scale, or one number for a single reward: samples above it have
             no loss. None is the recommended one of each built-in reward and none for others; [None] is none, which
             maximises without end.
+        reward_kwargs (`dict`, *optional*):
+            By the name of a reward, settings with which it is loaded, JSON:
+            `{"geneval": {"detector": "mask2former.pth"}}`.
+        normalize_rewards (`bool`, *optional*, defaults to `False`):
+            Divide each reward's loss by its standard deviation over the samples of a prompt, so that the scales of
+            several rewards do not decide.
+
+        > Parameters that control rewards without gradient
+
+        samples_per_prompt (`int`, *optional*):
+            Consecutive samples that share a prompt; those rewarded at a time (on all processes) must be a multiple.
+            None is 4 if a reward has no gradient, else 1.
+        pairs (`str`, *optional*):
+            "far" gives each sample noise of its own; "near" lets those of a prompt share the steps before `near_step`
+            and part there. None is "far".
+        near_step (`int`, *optional*):
+            Step at which near pairs part, from 1 on. None is 1.
+        near_noise (`float`, *optional*):
+            Share rho in (0, 1) of new noise with which near pairs part. None is 0.7.
+        difference_power (`float`, *optional*):
+            Power p in (r_a - r_b) (x_a - x_b) / |x_a - x_b|^p, which stands in for the gradient of a reward without
+            one: 2 is a finite difference. None is 1.
 
         > Parameters that control the prompts
 
@@ -265,6 +297,50 @@ class LeapAlignConfig(TrainingArguments):
             "none, which maximises without end."
         },
     )
+    reward_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "By the name of a reward, settings with which it is loaded, JSON: "
+            '`{"geneval": {"detector": "mask2former.pth"}}`.'
+        },
+    )
+    normalize_rewards: bool = field(
+        default=False,
+        metadata={
+            "help": "Divide each reward's loss by its standard deviation over the samples of a prompt, so that the "
+            "scales of several rewards do not decide."
+        },
+    )
+
+    # Parameters that control rewards without gradient
+    samples_per_prompt: int | None = field(
+        default=None,
+        metadata={
+            "help": "Consecutive samples that share a prompt; those rewarded at a time (on all processes) must be a "
+            "multiple. None is 4 if a reward has no gradient, else 1."
+        },
+    )
+    pairs: str | None = field(
+        default=None,
+        metadata={
+            "help": '"far" gives each sample noise of its own; "near" lets those of a prompt share the steps before '
+            '`near_step` and part there. None is "far".'
+        },
+    )
+    near_step: int | None = field(
+        default=None, metadata={"help": "Step at which near pairs part, from 1 on. None is 1."}
+    )
+    near_noise: float | None = field(
+        default=None,
+        metadata={"help": "Share rho in (0, 1) of new noise with which near pairs part. None is 0.7."},
+    )
+    difference_power: float | None = field(
+        default=None,
+        metadata={
+            "help": "Power p in (r_a - r_b) (x_a - x_b) / |x_a - x_b|^p, which stands in for the gradient of a reward "
+            "without one: 2 is a finite difference. None is 1."
+        },
+    )
 
     # Parameters that control the prompts
     train_prompts: str | None = field(
@@ -317,8 +393,9 @@ class LeapAlignConfig(TrainingArguments):
                 self.max_steps = 300
         if self.learning_rate is None:
             self.learning_rate = 1e-5 if self.full_finetuning else 1e-4
-        for name in ("sample_kwargs", "method_kwargs", "model_init_kwargs"):
+        for name in ("sample_kwargs", "method_kwargs", "model_init_kwargs", "reward_kwargs"):
             setattr(self, name, read_dict(name, getattr(self, name)))
+        self.reward_kwargs = {name: read_dict(f"reward_kwargs[{name!r}]", v) for name, v in self.reward_kwargs.items()}
         for name in ("reward_weights", "reward_threshold"):
             value = getattr(self, name)
             if isinstance(value, Real) and not isinstance(value, bool):
@@ -384,10 +461,18 @@ class LeapAlignConfig(TrainingArguments):
         return {"num_inference_steps": num_steps or self.sample_num_steps, **given, **self.sample_kwargs}
 
     def to_dict(self) -> dict[str, Any]:
-        values = super().to_dict()
-        values["method"] = self.method if isinstance(self.method, str) else repr(self.method)
-        values["model_init_kwargs"] = {name: _jsonable(value) for name, value in self.model_init_kwargs.items()}
-        return values
+        described = copy.copy(self)  # TrainingArguments changes nested settings in place
+        for name in (option.name for option in dataclasses.fields(self) if option.init):
+            if isinstance(getattr(self, name), (dict, list, tuple)):
+                setattr(described, name, plain(getattr(self, name), name))
+        described.method = self.method if isinstance(self.method, str) else repr(self.method)
+        return plain(super(LeapAlignConfig, described).to_dict())
+
+    def __str__(self) -> str:
+        values = ",\n".join(f"    {name}={value!r}" for name, value in sorted(self.to_dict().items()))
+        return f"{type(self).__name__}(\n{values},\n)"
+
+    __repr__ = __str__
 
     def _refuse_unsupported(self) -> None:
         defaults = {option.name: option.default for option in dataclasses.fields(self)}
@@ -407,10 +492,31 @@ class LeapAlignConfig(TrainingArguments):
         for name, allowed in NUMBERS.items():
             if getattr(self, name) is not None or defaults[name] is not None:
                 allowed.check(name, getattr(self, name))
+        for name in ("logging", "save", "eval"):
+            steps = getattr(self, f"{name}_steps")
+            if steps is not None and steps not in Range(0, excluded=True):
+                raise ValueError(f"{name}_steps={steps!r} must be above 0 and finite. For none: {name}_strategy='no'.")
+        if self.load_best_model_at_end and self.eval_strategy == "no":
+            raise ValueError(
+                "load_best_model_at_end=True compares evaluations, but eval_strategy='no' makes none. Set "
+                "eval_strategy='steps' and eval_steps, or load_best_model_at_end=False."
+            )
+        if self.ema_decay is not None and str(self.optim).rpartition(".")[-1].lower().startswith("schedule_free"):
+            raise ValueError(
+                f"optim={self.optim!r} averages the weights itself, so ema_decay={self.ema_decay} would average them "
+                "twice. Set ema_decay=None, or choose another optim."
+            )
         if self.max_steps != -1:
             Range(1, whole=True).check("max_steps", self.max_steps)
-        for name in ("full_finetuning", "dry_run"):
+        for name in ("full_finetuning", "dry_run", "normalize_rewards"):
             check_bool(name, getattr(self, name))
+        if self.pairs not in (None, "far", "near"):
+            raise ValueError(f"pairs={self.pairs!r} is unknown; choose 'far' or 'near'.")
+        for name in ("near_step", "near_noise"):
+            if getattr(self, name) is not None and self.pairs != "near":
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} is for near pairs. Set pairs='near', or leave it out."
+                )
         if not isinstance(self.prompt_column, str):
             raise ValueError(f"prompt_column={self.prompt_column!r} must be the name of a column.")
         for name, reason in RESERVED_SAMPLE_KWARGS.items():
@@ -489,10 +595,6 @@ class LeapAlignConfig(TrainingArguments):
         if num_prompts is None:
             raise ValueError("A prompt_function has no end, so num_train_epochs means nothing. Set max_steps.")
         return math.ceil(self.num_train_epochs * num_prompts / self.samples_per_update)
-
-
-def _jsonable(value: Any) -> Any:
-    return value if isinstance(value, (str, int, float, bool, list, dict, type(None))) else str(value)
 
 
 def read_dict(name: str, value: Any) -> dict[str, Any]:

@@ -4,8 +4,7 @@ import copy
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import is_dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -17,48 +16,75 @@ from peft import LoraConfig
 from torch import Tensor, nn
 from torch.utils.data import SequentialSampler
 from transformers import Trainer, TrainerCallback, set_seed
-from transformers.trainer_utils import HubStrategy, TrainOutput
+from transformers.trainer_utils import TrainOutput
 
 from .adapters.lora import check_active, prepare_denoisers
-from .adapters.model_card import write_model_card
+from .adapters.model_card import TrainedModel, write_model_card
 from .adapters.restored import random_state_restored_on_error, restored_on_error
 from .adapters.saving import save_trained
+from .evaluation.evaluators import check_rows, named_rewards
+from .evaluation.rows import read_if_geneval
 from .evaluation.scoring import scored_batches
 from .leapalign_config import LeapAlignConfig
+from .media import on_cpu
 from .process_state import use_state
 from .prompts.columns import CallColumns
 from .prompts.named import is_named, load_named_prompts
-from .prompts.sources import PromptFunction, PromptSource, PromptStream, choose_prompts, collate, load_prompts
+from .prompts.sources import (
+    PromptFunction,
+    PromptSource,
+    PromptStream,
+    check_picklable,
+    check_stateless,
+    choose_prompts,
+    collate,
+    load_prompts,
+)
 from .rewards import RewardFunction, RewardSet, Scores, check_finite
 from .rewards.reward_set import check_reward_settings
 from .rollout.pipelines import check_call_arguments, load_pipeline, quiet
 from .rollout.recorder import RolloutOutput
-from .rollout.rollout_model import RolloutModel, for_copies
+from .rollout.rollout_model import RolloutModel, end_latents, for_copies
 from .training.callbacks import WeightAverage
-from .training.checkpoints import last_checkpoint, load_run, save_run
+from .training.checkpoints import (
+    begin_checkpoint,
+    load_parameters,
+    only_writing,
+    rotate_checkpoints,
+    save_run,
+    seal_checkpoint,
+)
 from .training.dry_run import DryRun, dry_run
+from .training.groups import Compared, FlatUpdates, Groups
 from .training.guards import (
     NothingLearnt,
+    check_best_model,
     check_callbacks,
     check_evaluation,
     check_kinds,
     check_optimizer,
+    check_optimizer_settings,
+    check_output_dir,
     check_weights,
     no_gradients_added,
 )
 from .training.image_grid import ImageGrid
 from .training.losses import below_threshold, limit_sample_gradients, reward_loss
 from .training.metrics import MetricBuffer, merge, peak_memory_gib, saturated, summarise
+from .training.optimizers import EndInEvaluationMode, evaluation_mode, has_modes
 from .training.process import check_gradients_possible, prepare_process
+from .training.publishing import HubPushes
+from .training.resuming import base_weights, choose_checkpoint, describe_run, load_run
 from .training.trackers import live_tracker
 
 MOST_IDLE_UPDATES = 10
+MOST_SHOWN = 64
 
 
 ImageSamplesHook = Callable[[list[tuple], int, GeneralTracker | None], None]
 
 
-class LeapAlignTrainer(Trainer):
+class LeapAlignTrainer(HubPushes, Trainer):
     """Aligns a flow-matching pipeline with a differentiable reward, by LeapAlign or another direct-gradient method.
 
     Arguments are those of TRL's DDPOTrainer in a new order; the training loop is that of `transformers.Trainer`. After
@@ -69,12 +95,13 @@ class LeapAlignTrainer(Trainer):
         reward_function (RewardFunction | str | Sequence[RewardFunction | str]): `reward(images, prompts, metadata)`
             with images (B, 3, H, W) in [0, 1] that carry the graph, or video (B, F, 3, H, W), returns differentiable
             rewards (B,), or these and a dict to report; or the name of a built-in reward, such as "hpsv2.1". Several
-            are weighted by `config.reward_weights`.
+            are weighted by `config.reward_weights`. `BlackBox(reward)` is one without gradient.
         config (LeapAlignConfig | None): settings.
         prompt_function (PromptFunction | None): returns a prompt and its metadata; in place of a dataset.
         image_samples_hook (ImageSamplesHook | None): called as `hook(image_data, global_step, tracker)` when training
-            logs and after an evaluation; `image_data` is a list of (images, prompts, metadata, rewards, details), and
-            `tracker` the Accelerate tracker of the run that `config.report_to` has open, its first one, or None.
+            logs and after an evaluation; `image_data` is a list of (images, prompts, metadata, rewards, details) on
+            the CPU, with the last batch of training or the first 64 or so images of an evaluation, and `tracker` the
+            Accelerate tracker of the run that `config.report_to` has open, its first one, or None.
         train_dataset (PromptSource | None): prompts to train on; its other columns are the metadata.
         eval_dataset (PromptSource | dict[str, PromptSource] | None): prompts of `evaluate()`, or several sets by name.
         peft_config (LoraConfig | None): the adapter; None is a LoRA of rank 32 on the linear layers of all blocks, or
@@ -109,7 +136,9 @@ class LeapAlignTrainer(Trainer):
         check_callbacks(callbacks)
         check_gradients_possible()
         config = copy.copy(config) if config is not None else LeapAlignConfig()
+        check_output_dir(config)
         set_seed(config.seed)
+        reward_function = named_rewards(reward_function, config.reward_kwargs)
         check_reward_settings(reward_function, config.reward_weights, config.reward_threshold)
         self.pipeline = load_pipeline(pipeline, config.device, config.model_init_kwargs)
         check_call_arguments(self.pipeline, ["prompt", "generator", *config.call_kwargs()])
@@ -118,17 +147,24 @@ class LeapAlignTrainer(Trainer):
         self.prompt_source = choose_prompts(
             config.prompt_column,
             prompt_function=prompt_function,
-            train_dataset=train_dataset,
-            train_prompts=config.train_prompts,
+            train_dataset=read_if_geneval(train_dataset, config.prompt_column),
+            train_prompts=read_if_geneval(config.train_prompts, config.prompt_column),
         )
         check_evaluation(config, self.rewards.names, eval_dataset)
-        eval_source = eval_dataset if eval_dataset is not None else config.eval_prompts
+        eval_source = read_if_geneval(
+            eval_dataset if eval_dataset is not None else config.eval_prompts, config.prompt_column
+        )
         eval_rows = load_named_prompts(eval_source, config.prompt_column, split="test")
+        for rows in eval_rows.values() if is_named(eval_rows) else [eval_rows]:
+            check_rows(reward_function, self.prompt_source, rows)
+        self.groups = Groups.of(config, self.rewards, config.build_method())
         self.columns = self._find_columns(config, eval_rows)
-        config.max_steps = config.count_updates(None if callable(self.prompt_source) else len(self.prompt_source))
+        epoch = None if callable(self.prompt_source) else len(self.prompt_source) * self.groups.size
+        config.max_steps = config.count_updates(epoch)
+        check_best_model(config)
         prepare_process(config)
         self.weight_average: WeightAverage | None = None
-        self._reset_metrics()
+        self._reset_metrics(config)
         with restored_on_error(self.pipeline):
             denoisers = prepare_denoisers(
                 self.pipeline,
@@ -146,6 +182,8 @@ class LeapAlignTrainer(Trainer):
                 draw_group_size=config.draw_group_size or config.samples_per_update,
                 base_penalty=config.base_penalty is not None,
                 columns=self.columns,
+                decoding=self.rewards.decoding,
+                near=self.groups.near,
             )
             super().__init__(
                 model=self.rollout_model,
@@ -157,15 +195,19 @@ class LeapAlignTrainer(Trainer):
                     seed=config.prompt_seed,
                     prompt_column=config.prompt_column,
                     shuffle=config.train_sampling_strategy == "random",
+                    group_size=self.groups.size,
                 ),
                 eval_dataset=eval_rows,
                 callbacks=callbacks,
                 optimizers=optimizers,
             )
             self._refuse_sharding()
+            check_optimizer(self.optimizer, self.rollout_model, config.ema_decay)
+            self._given_optimizer = self.optimizer
+            check_optimizer_settings(self)
             self._state = partial(use_state, self.accelerator.state, config.distributed_state)
-            check_optimizer(self.optimizer, self.rollout_model)
             self.pipeline.to(config.device)
+            self.callback_handler.callbacks.insert(0, EndInEvaluationMode())
             if config.ema_decay is not None:
                 self.weight_average = WeightAverage(self.rollout_model, config.ema_decay)
                 self.callback_handler.callbacks.insert(0, self.weight_average)
@@ -205,11 +247,15 @@ class LeapAlignTrainer(Trainer):
         """
         output = model(inputs["prompts"], inputs["indices"], inputs["metadata"])
         prompts, metadata = for_copies(output.images, inputs["prompts"], inputs["metadata"])
+        asking = self.rewards.asking_for_latents
+        ends = end_latents(output, type(self.pipeline).__name__, asking) if asking else None
         with no_gradients_added(self.rollout_model):
-            scores = self.rewards(output.images, prompts, metadata)
-        loss = reward_loss(
-            scores.rewards, output.weights.to(scores.rewards.dtype), self.rewards.weights, self.rewards.thresholds
-        )
+            scores = self.rewards(output.images, prompts, metadata, ends)
+        self.groups.check_prompts(prompts)
+        compared = self.groups.with_gradients(scores.rewards, ends, self.rewards)
+        coefficients = [weight * scale for weight, scale in zip(self.rewards.weights, compared.scales, strict=True)]
+        weights = output.weights.to(scores.rewards.dtype)
+        loss = reward_loss(compared.rewards, weights, coefficients, self.rewards.thresholds)
         trained = [latents for latents in output.latents if latents.requires_grad and loss.requires_grad]
         for number, latents in enumerate(trained):
             loop = number // output.num_calls
@@ -218,22 +264,24 @@ class LeapAlignTrainer(Trainer):
             limit_sample_gradients(loss, latents, self.args.max_sample_grad_norm, report, output.num_calls)
         if output.penalty is not None:
             loss = loss + self.args.base_penalty * output.penalty.mean()
-        self._record(output, scores, loss)
-        self._last_samples = (output.images.detach(), prompts, metadata, scores.total, scores.details)
+        self._record(output, scores, compared, loss)
+        if self.image_samples_hook is not None and self.is_world_process_zero():
+            self._last_samples = on_cpu((output.images, prompts, metadata, scores.total, scores.details))
         return (loss, output) if return_outputs else loss
 
-    def _record(self, output: RolloutOutput, scores: Scores, loss: Tensor) -> None:
+    def _record(self, output: RolloutOutput, scores: Scores, compared: Compared, loss: Tensor) -> None:
         images = output.images.detach()
         steps = {f"active_step_{n}": torch.tensor(float(step)) for n, step in enumerate(output.active_steps)}
         self._metrics.add(
             {
                 "reward": scores.total,
                 **scores.metrics,
+                **compared.metrics,
                 **output.metrics,
                 **{name: step.to(images.device) for name, step in steps.items()},
                 **({} if output.penalty is None else {"base_distance": output.penalty.detach()}),
-                "saturated": saturated(images),
-                "below_threshold": below_threshold(scores.rewards, self.rewards.thresholds),
+                **({} if self.rewards.decoding == "none" else {"saturated": saturated(images)}),
+                "below_threshold": below_threshold(scores.rewards, self.rewards.thresholds, compared.teaching),
                 "finite": torch.isfinite(loss) & torch.isfinite(scores.rewards).all(),
             }
         )
@@ -259,10 +307,12 @@ class LeapAlignTrainer(Trainer):
                 "Check the reward on the images of this step. Train again, from the last checkpoint's adapter if "
                 "you like, with a lower learning_rate, max_grad_norm or gradient_discount, or in bfloat16 or float32."
             )
+        self._flat_updates.add(any_active)
         idle = overflow or (any_active and not norms.any())
         self._idle_updates = self._idle_updates + 1 if idle else 0
         if self._idle_updates >= MOST_IDLE_UPDATES:
-            share = self._metrics.latest("saturated", 1).mean().item()
+            decoded = self.rewards.decoding != "none"
+            share = self._metrics.latest("saturated", 1).mean().item() if decoded else 0.0
             problem = "overflowed float16" if overflow else "was exactly zero"
             raise NothingLearnt(
                 f"For {MOST_IDLE_UPDATES} updates the gradient {problem} though rewards are below their threshold, so "
@@ -282,10 +332,12 @@ class LeapAlignTrainer(Trainer):
         if training:
             logs.update(self._pop_metrics())
         if not callable(self.prompt_source):
-            self.state.epoch = self.state.global_step * self.args.samples_per_update / len(self.prompt_source)
+            prompts_seen = self.state.global_step * self.args.samples_per_update / self.groups.size
+            self.state.epoch = prompts_seen / len(self.prompt_source)
         super().log(logs, start_time)
-        if training:
+        if training and self._last_samples is not None:
             self._show([self._last_samples])
+            self._last_samples = None
 
     def _show(self, image_data: list[tuple]) -> None:
         if self.image_samples_hook is not None and self.is_world_process_zero():
@@ -324,6 +376,7 @@ class LeapAlignTrainer(Trainer):
         start, self._last_log = self._last_log, time.perf_counter()
         return {
             **summarise(columns),
+            **self._flat_updates.pop(),
             "seconds_per_step": (self._last_log - start) / updates,
             "peak_memory_gib": peak_memory_gib(self.args.device),
         }
@@ -337,8 +390,8 @@ class LeapAlignTrainer(Trainer):
         """Train; the pipeline carries the trained weights afterwards.
 
         Args:
-            resume_from_checkpoint (str | bool | None): a checkpoint-... folder, or True for the last one of
-                `output_dir`: goes on as if training had never stopped.
+            resume_from_checkpoint (str | bool | None): a checkpoint-... folder, or True for the last whole one of
+                `output_dir`: goes on as if training had never stopped. None is that of the config, False none.
             trial (Any): of a hyperparameter search, for Trainer.
             ignore_keys_for_eval (list[str] | None): unused, for Trainer.
 
@@ -349,24 +402,27 @@ class LeapAlignTrainer(Trainer):
             FloatingPointError: if loss or gradient are not finite, when the weights are those of the update before, or
                 the weights themselves.
             NothingLearnt: if no gradient came for many updates.
+            ValueError: if the checkpoint is not whole, or of a training with other settings.
         """
-        self._reset_metrics()
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = last_checkpoint(self.args.output_dir)
+        self._reset_metrics(self.args)
+        self.__dict__.pop("_run", None)
+        asked = self.args.resume_from_checkpoint if resume_from_checkpoint is None else resume_from_checkpoint
         self._state()
         check_gradients_possible()
+        checkpoint = choose_checkpoint(asked, self.args)
         for name, denoiser in {} if self.args.full_finetuning else self.denoisers.items():
             check_active(name, denoiser)
         with torch.enable_grad():
-            output = super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+            output = super().train(checkpoint, trial, ignore_keys_for_eval)
         check_weights(self.rollout_model)
         return output
 
-    def _reset_metrics(self) -> None:
-        self._metrics = MetricBuffer()
+    def _reset_metrics(self, config: LeapAlignConfig) -> None:
+        self._metrics = MetricBuffer(config.gradient_accumulation_steps if config.logging_strategy == "no" else None)
         self._last_samples: tuple | None = None
         self._last_log = time.perf_counter()
         self._idle_updates = 0
+        self._flat_updates = FlatUpdates(self.rewards.black_boxes)
 
     # Evaluation
 
@@ -404,6 +460,7 @@ class LeapAlignTrainer(Trainer):
         check_weights(self.rollout_model)
         start = time.perf_counter()
         batches, columns = [], []
+        shows = self.image_samples_hook is not None and self.is_world_process_zero()
         with self._averaged(), quiet(self.pipeline), self.accelerator.autocast():
             for batch in scored_batches(
                 self.pipeline,
@@ -420,9 +477,9 @@ class LeapAlignTrainer(Trainer):
                 check_finite(scores, self.rewards.names, batch.prompts)
                 values = {"reward": scores.total, **scores.metrics}
                 columns.append({name: value.float().reshape(-1).tolist() for name, value in values.items()})
-                if self.image_samples_hook is not None:
-                    shown = (batch.images.cpu(), batch.prompts, batch.metadata, scores.total.cpu(), scores.details)
-                    batches.append(shown)
+                if shows and sum(len(images) for images, *_ in batches) < MOST_SHOWN:
+                    shown = (batch.images, batch.prompts, batch.metadata, scores.total, scores.details)
+                    batches.append(on_cpu(shown))
         means = summarise(merge(gather_object(columns)))
         logs = {f"{metric_key_prefix}_{name}": value for name, value in means.items()}
         logs[f"{metric_key_prefix}_runtime"] = seconds = time.perf_counter() - start
@@ -441,7 +498,9 @@ class LeapAlignTrainer(Trainer):
         raise NotImplementedError("There are no labels to predict. Call evaluate(prompts), or trainer.pipeline(...).")
 
     def _averaged(self) -> AbstractContextManager:
-        return nullcontext() if self.weight_average is None else self.weight_average.applied()
+        if self.weight_average is not None:
+            return self.weight_average.applied()
+        return evaluation_mode(self.optimizer, self.rollout_model.parameters()) if self.is_in_train else nullcontext()
 
     # Checks before training
 
@@ -457,7 +516,10 @@ class LeapAlignTrainer(Trainer):
         """Which columns go into the pipeline's call, checked on all prompts that are there."""
         rows: Any = self.prompt_source
         if callable(rows):
+            check_stateless(rows, config.seed)
             rows = [PromptStream(rows, 1, config.prompt_seed)[0]["metadata"]]
+        if config.dataloader_num_workers > 0 and isinstance(rows, list):
+            check_picklable(rows)
         options = (config.pipeline_columns, rows, config.call_kwargs(), config.prompt_column)
         columns = CallColumns.of(self.pipeline, *options)
         for own in eval_rows.values() if is_named(eval_rows) else [eval_rows] if eval_rows is not None else []:
@@ -488,20 +550,31 @@ class LeapAlignTrainer(Trainer):
 
     # Saving
 
-    @property
+    @cached_property
+    def _base_weights(self) -> dict[str, str]:
+        return base_weights(self.pipeline)
+
+    @cached_property
     def _run(self) -> dict[str, Any]:
-        """What must stay when training is resumed: it decides noise and steps, or a checkpoint brings it itself."""
-        method = self.rollout_model.method
-        return {
-            "method": repr(method) if is_dataclass(method) else type(method).__qualname__,
-            "sample_num_steps": self.args.sample_num_steps,
-            "learning_rate": self.args.learning_rate,
-            "seed": self.args.seed,
-            "data_seed": self.train_dataset.seed,
-            "samples_per_update": self.args.samples_per_update,
-            "draw_group_size": self.rollout_model.draw_group_size,
-            "ema_decay": self.args.ema_decay,
-        }
+        parts = (self.args, self.rollout_model, self.rewards, self.train_dataset, self._base_weights)
+        return describe_run(*parts, self._given_optimizer)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        check_weights(self.rollout_model)
+        folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+        if self.args.should_save:
+            begin_checkpoint(folder)
+        self.accelerator.wait_for_everyone()
+        with only_writing(self.args):
+            super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            seal_checkpoint(folder)
+        self.accelerator.wait_for_everyone()
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(folder))
+        if self.args.should_save:
+            rotate_checkpoints(folder.parent, self.args.save_total_limit, self.state.best_model_checkpoint)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         if not self.args.should_save:
@@ -514,7 +587,7 @@ class LeapAlignTrainer(Trainer):
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if self.args.should_save:
-            save_run(output_dir, self.rollout_model, self._run)
+            save_run(output_dir, self.rollout_model, {**self._run, "updates": self.state.global_step})
             if self.weight_average is not None:
                 self.weight_average.save(output_dir)
         super()._save_optimizer_and_scheduler(output_dir)
@@ -524,16 +597,19 @@ class LeapAlignTrainer(Trainer):
         if self.weight_average is not None:
             self.weight_average.load(resume_from_checkpoint)
 
-    def _load_best_model(self) -> None:
-        self._load_from_checkpoint(self.state.best_model_checkpoint)
+    def _init_training_state(self, max_steps: int, *arguments: Any) -> tuple[int, int]:
+        position = super()._init_training_state(max_steps, *arguments)
+        self.state.compute_steps(self.args, max_steps)  # the checkpoint's logging_steps and the like do not count
+        return position
 
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        pushing = getattr(self, "push_in_progress", None)
-        waits = pushing is not None and not pushing.is_done() and not self.args.hub_always_push
-        if self.args.hub_strategy != HubStrategy.END and not waits:
-            self._save(self.args.output_dir)
-            self.create_model_card()
-        super()._push_from_checkpoint(checkpoint_folder)
+    def _load_best_model(self) -> None:
+        self.accelerator.wait_for_everyone()
+        best = choose_checkpoint(self.state.best_model_checkpoint, self.args)
+        load_parameters(best, self.rollout_model)
+        if self.weight_average is not None:
+            self.weight_average.load(best)
+        if has_modes(self.optimizer):
+            self._load_optimizer_and_scheduler(best)
 
     def create_model_card(self, **metadata: Any) -> None:
         """Write the card of the trained weights into `output_dir`.
@@ -541,5 +617,16 @@ class LeapAlignTrainer(Trainer):
         Args:
             **metadata: arguments of `adapters.model_card.write_model_card`, such as `license` or `tags`.
         """
-        if self.is_world_process_zero():
-            write_model_card(self, Path(self.args.output_dir), **metadata)
+        if not self.is_world_process_zero():
+            return
+        trained = TrainedModel(
+            pipeline=self.pipeline,
+            denoisers=self.denoisers,
+            full_finetuning=self.args.full_finetuning,
+            repository=self.hub_model_id or Path(self.args.output_dir).name,
+            rewards=tuple(self.rewards.names),
+            method=repr(self.rollout_model.method),
+            prompt=self.train_dataset[0]["prompt"],
+            tags=self._tag_names,
+        )
+        write_model_card(trained, Path(self.args.output_dir), **metadata)

@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import struct
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,10 +10,12 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
+BROKEN_IMAGE = (OSError, ValueError, SyntaxError, EOFError, struct.error, Image.DecompressionBombError)
+"""What PIL raises for files that are empty, cut off, too large or no images."""
 RANGE_TOLERANCE = 1e-3
 FRAME_MILLISECONDS = 60
 """How long a frame of a video's file is shown."""
@@ -230,21 +233,22 @@ def open_image(value: Any) -> Image.Image:
     """
     encoded = value.get("bytes") if isinstance(value, dict) else None
     source = value.get("path") if isinstance(value, dict) else value
+    name = "its content" if source is None else f"{source!r:.200}"
     try:
         if encoded is not None:
             source = Image.open(io.BytesIO(encoded))
         elif isinstance(source, (str, Path)):
             source = Image.open(source)
+        if isinstance(source, Image.Image):
+            return ImageOps.exif_transpose(source).convert("RGB")
     except FileNotFoundError as error:
         raise ValueError(
             f"There is no image file {str(source)!r}; paths start from {str(Path.cwd())!r}. Give whole paths, images, "
             "or a column that was cast to datasets.Image()."
         ) from error
-    except (UnidentifiedImageError, IsADirectoryError) as error:
-        raise ValueError(f"{str(source)!r} is no image: {error}.") from error
-    if not isinstance(source, Image.Image):
-        raise TypeError(f"An image is given by a PIL image or the path of a file, not by {value!r:.200}.")
-    return ImageOps.exif_transpose(source).convert("RGB")
+    except BROKEN_IMAGE as error:
+        raise ValueError(f"{name} is no image that can be read: {error}. Mend it, or leave the row out.") from error
+    raise TypeError(f"An image is given by a PIL image or the path of a file, not by {value!r:.200}.")
 
 
 def column_images(metadata: Sequence[dict[str, Any]], column: str, like: Tensor) -> Tensor:
@@ -283,3 +287,12 @@ def as_text(value: Any) -> str:
         array = np.ascontiguousarray(value.detach().cpu().numpy() if isinstance(value, Tensor) else value)
         return f"array {array.dtype} {array.shape} {hashlib.sha256(array.tobytes()).hexdigest()}"
     return str(value)
+
+
+def on_cpu(value: Any) -> Any:
+    """Copy the tensors in nested tuples, lists and dicts to the CPU, without their graph; all else is as it was."""
+    if isinstance(value, Tensor):
+        return value.detach().cpu()
+    if isinstance(value, dict):
+        return {key: on_cpu(each) for key, each in value.items()}
+    return type(value)(map(on_cpu, value)) if type(value) in (tuple, list) else value

@@ -15,21 +15,27 @@ class Range:
         high (float): the largest number.
         whole (bool): whether they are whole numbers.
         excluded (bool): whether the bounds are left out.
+        high_excluded (bool): whether the upper bound alone is left out.
     """
 
     low: float = -math.inf
     high: float = math.inf
     whole: bool = False
     excluded: bool = False
+    high_excluded: bool = False
 
     def __contains__(self, value: Any) -> bool:
         kind = Integral if self.whole else Real
         if isinstance(value, bool) or not isinstance(value, kind) or not math.isfinite(value):
             return False
+        if value == self.high < math.inf and self.high_excluded:
+            return False
         return self.low < value < self.high if self.excluded else self.low <= value <= self.high
 
     def __str__(self) -> str:
         kind = "a whole number" if self.whole else "a finite number"
+        if self.high_excluded:
+            return f"{kind} of at least {self.low:g} and below {self.high:g}"
         if self.high < math.inf:
             return f"{kind} between {self.low:g} and {self.high:g}{', which are excluded' if self.excluded else ''}"
         bound = f" {'above' if self.excluded else 'of at least'} {self.low:g}" if self.low > -math.inf else ""

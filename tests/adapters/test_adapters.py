@@ -8,7 +8,7 @@ from torch import nn
 from examples.tiny import tiny_flux, tiny_sd3
 from trl_leapalign.adapters.lora import attach_lora, default_lora, find_denoisers, prepare_denoisers
 from trl_leapalign.adapters.restored import restored_on_error
-from trl_leapalign.adapters.saving import lora_state_dict, save_trained
+from trl_leapalign.adapters.saving import LORA_FILE, lora_state_dict, save_trained
 
 FLUX_TARGETS = {
     *(f"transformer_blocks.0.attn.{name}" for name in ("to_q", "to_k", "to_v", "to_out.0", "to_add_out")),
@@ -204,7 +204,7 @@ def test_adapters_of_a_pipeline_that_cannot_save_them_load_into_the_module(tmp_p
     for parameter in (p for p in pipeline.transformer.parameters() if p.requires_grad):
         nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(0))
     save_trained(object(), denoisers, tmp_path, full_finetuning=False)
-    fresh.transformer.load_lora_adapter(tmp_path / "transformer", prefix=None, use_safetensors=True)
+    fresh.transformer.load_lora_adapter(tmp_path / "transformer", weight_name=LORA_FILE, prefix="transformer")
     images, same = (
         each("a cat", height=16, width=16, num_inference_steps=2, max_sequence_length=16, output_type="latent",
              generator=torch.Generator().manual_seed(0)).images

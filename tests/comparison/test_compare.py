@@ -1,4 +1,5 @@
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,8 @@ from training_cases import blueness, make_config, make_trainer, redness
 from examples.tiny import tiny_flux
 from trl_leapalign.cli.main import main
 from trl_leapalign.comparison.compare import Comparison, Job, TimeLimit
-from trl_leapalign.comparison.report import Result, Summary, write_report
+from trl_leapalign.comparison.report import Result, write_report
+from trl_leapalign.evaluation.statistics import difference, mean_over_seeds
 from trl_leapalign.methods import DRaFT
 from trl_leapalign.prompts.seeds import Purpose, make_generator
 
@@ -83,7 +85,7 @@ def test_the_report_has_the_means_of_the_results(report):
         overall[name] = [(a + b) / 2 for a, b in zip(red, other, strict=True)]
         assert table[name]["red"]["mean"] == pytest.approx(fmean(red))
         assert table[name]["mean"]["mean"] == pytest.approx(fmean(overall[name]))
-        assert table[name]["mean"]["error"] == pytest.approx(abs(overall[name][0] - overall[name][1]) / 2)
+        assert table[name]["mean"]["standard_error"] == pytest.approx(abs(overall[name][0] - overall[name][1]) / 2)
         assert table[name]["updates"]["mean"] == 2
     expected = stats.ttest_ind(overall["half"], overall["leapalign"], equal_var=False).pvalue
     assert table["half"]["p_value"] == pytest.approx(expected)
@@ -133,7 +135,7 @@ def test_results_of_other_weights_are_refused(report):
         return pipeline
 
     runs = RUNS | {"one more": {}}
-    with pytest.raises(ValueError, match="weights of the pipeline changed"):
+    with pytest.raises(ValueError, match="the pipeline's transformer changed"):
         comparison(report.parent, make_pipeline=other_pipeline, runs=runs).run()
 
     def shifted_pipeline():
@@ -141,7 +143,7 @@ def test_results_of_other_weights_are_refused(report):
         pipeline.scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config, shift=9.0)
         return pipeline
 
-    with pytest.raises(ValueError, match="Scheduler changed"):
+    with pytest.raises(ValueError, match="the pipeline's scheduler changed"):
         comparison(report.parent, make_pipeline=shifted_pipeline, runs=runs).run()
 
 
@@ -165,7 +167,7 @@ def test_results_of_other_settings_are_refused(report):
     ],
 )
 def test_results_of_another_experiment_are_refused(report, options, changed):
-    with pytest.raises(ValueError, match=f"{changed} changed"):
+    with pytest.raises(ValueError, match=rf"{changed}\b.* changed\."):
         comparison(report.parent, **options).run()
 
 
@@ -190,7 +192,7 @@ def test_a_run_that_fails_leaves_the_others_their_report(tmp_path, monkeypatch):
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["leapalign"]["blueness"]["mean"] > 0 and report["leapalign"]["p_value"] is None
     assert report["too fast"]["images without score"]["mean"] == 5 and report["too fast"]["p_value"] is None
-    assert "| too fast | nan" in path.read_text()
+    assert "| too fast | - |" in path.read_text()
 
 
 def test_p_values_are_corrected_for_their_number(tmp_path):
@@ -296,10 +298,15 @@ def test_an_unknown_setting_of_a_run(tmp_path):
 
 
 def test_summary():
-    assert str(Summary.of([0.5])) == "0.5"
-    summary = Summary.of([1.0, 2.0, 6.0])
+    assert str(mean_over_seeds([0.5])) == "0.5"
+    assert str(mean_over_seeds([0.5, math.nan])) == "-"
+    values, others = [1.0, 2.0, 6.0], [0.5, 0.75]
+    summary = mean_over_seeds(values)
     assert summary.mean == 3.0
-    assert summary.error == pytest.approx((((4 + 1 + 9) / 2) / 3) ** 0.5)
+    assert summary.standard_error == pytest.approx((((4 + 1 + 9) / 2) / 3) ** 0.5)
+    welch = difference(summary, mean_over_seeds(others))
+    assert welch.mean == pytest.approx(fmean(values) - fmean(others))
+    assert welch.p_value == pytest.approx(stats.ttest_ind(values, others, equal_var=False).pvalue)
 
 
 def test_seconds_add_up_over_logs_of_several_updates(tmp_path):

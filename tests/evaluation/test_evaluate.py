@@ -203,7 +203,7 @@ def test_what_is_there_is_not_made_again(tmp_path):
     assert [path.read_bytes() for path in files] == contents
     assert (len(pipeline.calls), len(first.calls), len(second.calls)) == (2, 0, COUNT)
     again = run(tmp_path, pipeline, judges[:1], group_by=None)
-    assert len(pipeline.calls) == 2 and not first.calls
+    assert len(pipeline.calls) == 3 and not first.calls  # made once more, to see that it is still the same
     assert list(again.summaries) == ["first", "second"] and not again.summaries["first"].by_group
     assert set(scores_of(tmp_path, "second")["group"]) == {"all"}
 
@@ -475,7 +475,7 @@ def test_results_of_other_settings_are_refused(evaluation, adapter, tmp_path):
     for names, options in changes.items():
         with pytest.raises(ValueError, match=f"{names} changed.*Choose another output_dir"):
             run(evaluation.output_dir, **options)
-    with pytest.raises(ValueError, match=r"blueness.parquet .*evaluator changed"):
+    with pytest.raises(ValueError, match=r"blueness.parquet .*code, settings and weights, evaluator changed"):
         run(evaluation.output_dir, evaluators=[Evaluator("blueness", refuse)])
     (tmp_path / "images").mkdir()
     (tmp_path / "images" / "00000.png").touch()
@@ -549,7 +549,7 @@ def test_changed_weights_are_refused(tmp_path, adapter):
     run(tmp_path / "given", pipeline, images_per_prompt=1)
     run(tmp_path / "given", pipeline, images_per_prompt=1)
     next(pipeline.transformer.parameters()).data[0] += 1e-3
-    with pytest.raises(ValueError, match="weights of the pipeline changed"):
+    with pytest.raises(ValueError, match="the pipeline's transformer changed"):
         run(tmp_path / "given", pipeline, images_per_prompt=1)
 
 

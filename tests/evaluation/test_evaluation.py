@@ -32,6 +32,7 @@ def test_evaluation_rewards_the_pipelines_own_images(batch_size, tmp_path):
     calls = []
     trainer = make_trainer(
         tmp_path,
+        tiny_flux().to(torch.float64),
         per_device_eval_batch_size=batch_size,
         eval_num_steps=2,
         arguments={"image_samples_hook": lambda *args: calls.append(args)},

@@ -246,12 +246,12 @@ def test_summary_weighs_tags_and_not_images():
     assert summary.by_tag["counting"].mean == 0.25 and summary.by_tag["counting"].num_images == 4
     assert summary.by_tag["single_object"].standard_error == pytest.approx(math.sqrt(0.75 * 0.25 / 8))
     assert summary.score == pytest.approx((0.25 + 0.75 + 1 + 0 + 1 + 0) / 6)
-    assert summary.standard_error == pytest.approx(math.sqrt(0.25 * 0.75 / 4 + 0.25 * 0.75 / 8) / 6)
+    assert summary.overall.standard_error == pytest.approx(math.sqrt(0.25 * 0.75 / 4 + 0.25 * 0.75 / 8) / 6)
 
 
 def test_summary_of_some_tags_has_no_score():
     summary = summarize_geneval([1.0, 0.0, 1.0], ["colors", "colors", "position"])
-    assert math.isnan(summary.score) and math.isnan(summary.standard_error)
+    assert math.isnan(summary.score) and math.isnan(summary.overall.standard_error)
     assert {tag: accuracy.mean for tag, accuracy in summary.by_tag.items()} == {"colors": 0.5, "position": 1.0}
 
 

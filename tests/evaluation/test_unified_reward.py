@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
+from training_cases import make_trainer
 from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
@@ -37,9 +38,9 @@ ANSWERS = [
     ("So the Final Score: 4.", 4.0),
     ("Final Score: 2\nFinal Score: 5", 2.0),
     ("Final Score: <score> means a number. Final Score: 3", 3.0),
-    ("Final Score: 45", NAN),
-    ("Final Score: 0.9", NAN),
-    ("Final Score: 5.1", NAN),
+    ("Final Score: 45", 45.0),
+    ("Final Score: 0.9", 0.9),
+    ("Final Score: 10", 10.0),
     ("Final Score: -3", NAN),
     ("Final Score: 3-4", NAN),
     ("Final Score: 1 to 5", NAN),
@@ -70,7 +71,7 @@ def test_scores_of_three_axes():
         5.0,
     ]
     assert math.isnan(parse_score(answer))
-    assert math.isnan(parse_score("Style Score (1-5): 9", "style"))
+    assert parse_score("Style Score (1-5): 9", "style") == 9.0
     assert math.isnan(parse_score("Final Score: 4", "style"))
 
 
@@ -206,6 +207,21 @@ def test_scores_are_what_the_model_answers(trained, caplog):
     assert not any(parameter.requires_grad for parameter in trained.parameters())
 
 
+def test_answers_without_a_score_can_count_as_a_number(trained):
+    scores, details = tiny_reward(trained, unparsed_score=1.0)(IMAGES, PROMPTS, [{}] * 3)
+    assert scores.tolist() == [4, 2, 1] and details["unparsed"].tolist() == [0, 0, 1]
+
+
+def test_it_trains(trained, tmp_path):
+    """Without gradient, on a model that has never seen such images: whatever it says, training goes on."""
+    reward = tiny_reward(trained, unparsed_score=1.0)
+    settings = {"max_steps": 2, "per_device_train_batch_size": 2, "samples_per_prompt": 2}
+    trainer = make_trainer(tmp_path, None, reward, prompts=["a red ring"], **settings)
+    trainer.train()
+    rewards = [entry["reward"] for entry in trainer.state.log_history if "reward" in entry]
+    assert len(rewards) == 2 and all(1 <= value <= 5 for value in rewards)
+
+
 def test_another_score_can_count(trained, caplog):
     scores, details = tiny_reward(trained, score="style")(IMAGES[2:], PROMPTS[2:], [{}])
     assert scores.tolist() == [5] and details["unparsed"].tolist() == [0]
@@ -290,3 +306,18 @@ def test_models_of_another_kind_are_refused():
         UnifiedReward(tiny_qwen(), other, Qwen2VLImageProcessorPil())
     with pytest.raises(ValueError, match="UnifiedReward got 1 prompts for 2 images"):
         tiny_reward()(IMAGES[:2], ["a"], [{}] * 2)
+
+
+def test_the_conversation_is_that_of_the_chat_template():
+    reward = tiny_reward()
+    plain = reward._chat("Rate red ring.")
+    reward.tokenizer.chat_template = (
+        "{% for message in messages %}<|im_start|>{{ message['role'] }} {% for part in message['content'] %}"
+        "{{ '<|vision_start|><|image_pad|><|vision_end|>' if part['type'] == 'image' else part['text'] }}{% endfor %}"
+        "<|im_end|>{% endfor %}{{ '<|im_start|>assistant ' if add_generation_prompt }}"
+    )
+    assert reward._chat("Rate red ring.") == (
+        "<|im_start|>user <|vision_start|><|image_pad|><|vision_end|>Rate red ring.<|im_end|><|im_start|>assistant "
+    )
+    assert plain != reward._chat("Rate red ring.")
+    assert reward._chat("<|image_pad|>").count("<|image_pad|>") == 1

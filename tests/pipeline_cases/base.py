@@ -20,7 +20,6 @@ class PipelineCase:
             smallest sizes that work and a generator of their own each time.
         checkpointing (str): why gradient checkpointing cannot be used; "" where it can.
         unsupported (str): why it cannot be trained at all, as a part of the message that refuses it; "" where it can.
-        tolerance (float): relative error of a derivative by finite differences that the pipeline's own rounding needs.
         name (str): the pipeline's class; "" is the one that `build` is annotated to return.
         fast (bool): whether it is one of the few that every run of the tests tries.
     """
@@ -31,7 +30,6 @@ class PipelineCase:
     inputs: Callable[[], dict[str, Any]]
     checkpointing: str = ""
     unsupported: str = ""
-    tolerance: float = 2e-3
     name: str = ""
     fast: bool = False
 

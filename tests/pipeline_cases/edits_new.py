@@ -146,7 +146,6 @@ CASES = [
         EDIT,
         kandinsky_edit,
         lambda: guided(image=image(32), height=32, width=32, negative_prompt="a dog"),
-        tolerance=3e-2,  # its rotary embedding rounds queries and keys to bfloat16
     ),
     case(
         "flux",

@@ -17,7 +17,7 @@ from diffusers import (
 from examples.tiny import tiny_vae
 
 from .edits_flux import SIZE, later, parts_of
-from .image_parts import LINEAR_ATTENTION, chat_tokenizer, euler, tiny_qwen3
+from .image_parts import chat_tokenizer, euler, tiny_qwen3
 from .images import CHROMA, chroma, cogview4, sana, sana_sprint
 from .parts import arguments, case, image, mask
 
@@ -82,7 +82,6 @@ CASES = [
         SanaControlNetPipeline,
         sana_controlled,
         lambda: arguments(**SANA, guidance_scale=3.0, control_image=image(32)),
-        tolerance=LINEAR_ATTENTION,
     ),
     case(
         "sana",
@@ -90,7 +89,6 @@ CASES = [
         SanaSprintImg2ImgPipeline,
         lambda: parts_of(sana_sprint()),
         lambda: later(arguments(**SANA, image=image(32), intermediate_timesteps=None)),
-        tolerance=LINEAR_ATTENTION,
     ),
     case(
         "chroma",

@@ -17,8 +17,6 @@ from transformers import (
 
 from examples.tiny import VOCABULARY, tiny_tokenizer
 
-# A tolerance for Sana: it divides by sums that are near zero for some tokens.
-LINEAR_ATTENTION = 1e-2
 CHAT = "{% for message in messages %}{{ message['content'] }} {% endfor %}"
 
 

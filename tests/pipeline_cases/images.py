@@ -27,7 +27,7 @@ from transformers import GlmConfig, GlmModel, UMT5Config, UMT5EncoderModel
 from examples.tiny import VOCABULARY, frozen, tiny_flux, tiny_sd3, tiny_t5, tiny_tokenizer, tiny_vae
 
 from .base import PipelineCase
-from .image_parts import LINEAR_ATTENTION, euler, inputs, language_model, tiny_dc, tiny_gemma2
+from .image_parts import euler, inputs, language_model, tiny_dc, tiny_gemma2
 
 
 def flux() -> FluxPipeline:
@@ -217,16 +217,15 @@ CASES = [
         "chroma", TEXT, chroma, lambda: inputs(guidance_scale=3.0, negative_prompt="a dog"), checkpointing=CHROMA
     ),
     PipelineCase("auraflow", TEXT, aura_flow, lambda: inputs(guidance_scale=3.0, max_sequence_length=16)),
-    PipelineCase("sana", TEXT, sana, lambda: inputs(**SANA, num_inference_steps=3), tolerance=LINEAR_ATTENTION),
+    PipelineCase("sana", TEXT, sana, lambda: inputs(**SANA, num_inference_steps=3)),
     PipelineCase(
         "sana",
         TEXT,
         sana_pag,
         lambda: inputs(**SANA, pag_scale=2.0),
         checkpointing=PAG,
-        tolerance=LINEAR_ATTENTION,
     ),
-    PipelineCase("sana", TEXT, sana_sprint, lambda: inputs(**SANA), tolerance=LINEAR_ATTENTION, fast=True),
+    PipelineCase("sana", TEXT, sana_sprint, lambda: inputs(**SANA), fast=True),
     PipelineCase("lumina", TEXT, lumina, lambda: inputs(height=64, width=64), checkpointing="the model has none"),
     PipelineCase("lumina", TEXT, lumina2, lambda: inputs(height=64, width=64, max_sequence_length=16)),
     PipelineCase("cogview", TEXT, cogview4, lambda: inputs(guidance_scale=3.0, max_sequence_length=16)),

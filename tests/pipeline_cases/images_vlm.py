@@ -348,7 +348,6 @@ CASES = [
         TEXT,
         kandinsky5,
         lambda: inputs(height=32, width=32, **GUIDED, **SHORT),
-        tolerance=3e-2,  # its rotary embedding rounds queries and keys to bfloat16
     ),
     case("longcat", TEXT, LongCatImagePipeline, longcat, lambda: inputs(**GUIDED, enable_prompt_rewrite=False)),
     case("krea", TEXT, Krea2Pipeline, krea2, lambda: inputs(**GUIDED, **SHORT)),

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from double_precision import widen
 from torch import Tensor, nn
 
 from trl_leapalign import LeapAlignConfig, LeapAlignTrainer
@@ -116,19 +117,24 @@ class Laboratory:
             for (name, parameter), gradient in zip(trained.items(), found, strict=True)
         }
 
-    def slope(self, weights: Tensor, direction: dict[str, Tensor], step: float) -> float:
-        """Central difference of the weighted sum of the plain pipeline's output."""
+    def slope(self, weights: Tensor, direction: dict[str, Tensor], step: float) -> tuple[float, float]:
+        """Central difference of the weighted sum of the plain pipeline's output, and its error.
+
+        The error is estimated by half of what the differences ahead and behind differ by. That bounds what a kink near
+        the parameters does, such as that of a ReLU, and more than covers curvature; rounding makes them differ too.
+        """
         trained = self.trained
         values = {name: parameter.detach().clone() for name, parameter in trained.items()}
         sums = []
         with torch.no_grad():
-            for sign in (1, -1):
+            for sign in (1, 0, -1):
                 for name, parameter in trained.items():
                     parameter.copy_(values[name] + sign * step * direction[name])
                 sums.append((self.plain() * weights).double().sum().item())
             for name, parameter in trained.items():
                 parameter.copy_(values[name])
-        return (sums[0] - sums[1]) / (2 * step)
+        ahead, here, behind = sums
+        return (ahead - behind) / (2 * step), abs(ahead - 2 * here + behind) / (2 * step)
 
     def is_euler(self) -> bool:
         """Whether the sampler's steps are the leaps between them."""
@@ -136,6 +142,17 @@ class Laboratory:
             type(scheduler) is FlowMatchEulerDiscreteScheduler and not scheduler.config.stochastic_sampling
             for scheduler in schedulers_of(self.pipeline)
         )
+
+
+class PreciseLaboratory(Laboratory):
+    """The same in float64, to be made and used inside `double_precision`."""
+
+    def build(self) -> DiffusionPipeline:
+        pipeline = super().build()
+        for part in pipeline.components.values():
+            if isinstance(part, nn.Module):
+                widen(part)
+        return pipeline
 
 
 def make_trainer(

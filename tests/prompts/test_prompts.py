@@ -1,15 +1,22 @@
+import itertools
 import json
 import random
+import threading
+from functools import partial
 
 import datasets
 import numpy as np
 import pytest
 import torch
+from torch.utils.data import DataLoader
+from training_cases import make_trainer
 
 from trl_leapalign.prompts.seeds import Purpose, derive_seed, make_generator
 from trl_leapalign.prompts.sources import (
     PromptStream,
     call_prompt_function,
+    check_picklable,
+    check_stateless,
     choose_prompts,
     collate,
     load_prompts,
@@ -221,7 +228,7 @@ def test_a_function_that_ends_is_an_error_and_not_the_end_of_training():
     stream = PromptStream(lambda: next(prompts), 2, seed=1)
     assert stream[0]["prompt"] == "a cat"
     before = states()
-    with pytest.raises(RuntimeError, match=r"ran out of prompts.*itertools\.cycle.*train_dataset"):
+    with pytest.raises(RuntimeError, match=r"ran out of prompts.*random\.choice.*train_dataset"):
         stream[1]
     assert states() == before
 
@@ -240,6 +247,59 @@ def test_a_function_that_ends_is_an_error_and_not_the_end_of_training():
 def test_what_a_function_must_return(result, message):
     with pytest.raises(TypeError, match=message):
         call_prompt_function(lambda: result, 1)
+
+
+def counting():
+    calls = itertools.count()
+    return lambda: ("a cat", {"number": next(calls)})
+
+
+STATEFUL = {
+    "cycle": lambda: partial(next, itertools.cycle([("a cat", {}), ("a dog", {})])),
+    "the same at first": lambda: partial(next, itertools.cycle([("a cat", {}), ("a cat", {}), ("a dog", {})])),
+    "metadata": counting,
+    "generator": lambda: partial(lambda rng: (f"cat {rng.random()}", {}), random.Random(1)),
+    "a tensor": lambda: partial(lambda rng: ("cat", {"x": [torch.rand(2, generator=rng)]}), torch.Generator()),
+}
+
+
+@pytest.mark.parametrize("kind", STATEFUL)
+def test_a_function_with_a_state_of_its_own_is_refused(kind):
+    with pytest.raises(ValueError, match=r"keeps a state of its own.*random\.choice.*train_dataset"):
+        check_stateless(STATEFUL[kind](), seed=1)
+
+
+def test_a_function_that_draws_is_taken():
+    check_stateless(draw, seed=1)
+    check_stateless(lambda: ("a cat", {"judge": lambda image: 0.0, "image": np.random.rand(3)}), seed=1)
+
+
+# Dataloader workers
+
+
+@pytest.mark.parametrize("value", [lambda image: 0.0, [threading.Lock()]], ids=["function", "lock"])
+def test_metadata_that_workers_cannot_send_is_refused(value, tmp_path):
+    message = "metadata 'judge' is a .* that dataloader workers cannot send .* Set dataloader_num_workers=0"
+    rows = [{"prompt": "a cat", "judge": "name"}, {"prompt": "a dog", "judge": value}]
+    with pytest.raises(TypeError, match=message):
+        make_trainer(tmp_path, prompts=rows, dataloader_num_workers=1)
+    with pytest.raises(TypeError, match=message):
+        make_trainer(tmp_path, prompts=lambda: ("a cat", {"judge": value}), dataloader_num_workers=1)
+    make_trainer(tmp_path, prompts=rows, dataloader_num_workers=0)
+
+
+def sometimes():
+    """Its metadata can be sent but for some prompts."""
+    return "a cat", {"judge": (lambda: 0.0) if random.random() < 0.3 else "name"}
+
+
+def test_metadata_that_a_worker_meets_later_stops_the_training(tmp_path):
+    seed = next(seed for seed in range(99) if call_prompt_function(sometimes, seed)[1]["judge"] == "name")
+    check_picklable([call_prompt_function(sometimes, seed)[1]])
+    stream = PromptStream(sometimes, 20, seed=1)
+    with pytest.raises(TypeError, match="metadata 'judge' is a function"):
+        list(DataLoader(stream, collate_fn=collate, num_workers=1))
+    assert len(list(DataLoader(stream, collate_fn=collate))) == 20
 
 
 # Seeds

@@ -1,5 +1,7 @@
 """CLIPReward against a plain formula and other batches."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -36,7 +38,8 @@ def test_gradient_reaches_the_images_and_not_the_model(reward):
 
 
 def test_batch_equals_singles(reward):
-    images = torch.rand(2, 3, 40, 24, generator=torch.Generator().manual_seed(0))
+    reward = copy.deepcopy(reward).double()
+    images = torch.rand(2, 3, 40, 24, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     together = reward(images, PROMPTS, [{}, {}])
     alone = torch.cat([reward(images[i : i + 1], PROMPTS[i : i + 1], [{}]) for i in range(2)])
     torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-6)

@@ -11,7 +11,7 @@ from reward_cases import SIDE, clip_config, random_images
 from transformers import CLIPModel
 
 from examples.tiny import VOCABULARY, tiny_tokenizer
-from trl_leapalign.rewards import HPSv2, hpsv2
+from trl_leapalign.rewards import HPSv2, hpsv2, load_reward
 from trl_leapalign.rewards.hpsv2 import clean_text, vit_h_14
 from trl_leapalign.rewards.preprocessing import normalize
 
@@ -229,3 +229,13 @@ def test_the_lack_of_ftfy_is_said_once(monkeypatch, caplog):
     assert [record.message.partition(".")[0] for record in caplog.records] == [
         "A prompt has characters beyond ASCII, and ftfy is not installed"
     ]
+
+
+@pytest.mark.parametrize(("name", "version"), [("HPS_v2_compressed.pt", "2.1"), ("HPS_v2.1_compressed.pt", "2.0")])
+def test_the_file_of_the_other_version_is_refused(path, name, version):
+    """Both hold the same architecture, so that nothing else would tell them apart."""
+    other = path.rename(path.with_name(name))
+    with pytest.raises(ValueError, match=rf"{name} is the file of HPSv2.*, but version='{version}' is asked for"):
+        load_reward(f"hpsv{version}", path_or_id=other, tokenizer=tiny_tokenizer())
+    own = path.rename(path.with_name("mine.pt")) if path.exists() else other.rename(path.with_name("mine.pt"))
+    assert load_reward(f"hpsv{version}", path_or_id=own, tokenizer=tiny_tokenizer()).version == version

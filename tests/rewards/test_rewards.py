@@ -1,5 +1,8 @@
 import math
+from collections import namedtuple
+from dataclasses import dataclass
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -238,3 +241,37 @@ def test_nan_is_not_hidden_by_a_threshold():
 def test_lengths_must_agree():
     with pytest.raises(ValueError):
         reward_loss(torch.zeros(2, 3), torch.ones(3), [1.0], [None, None])
+
+
+def test_numpy_numbers_are_logged():
+    def reward(images, prompts, metadata):
+        extra = {"scalar": np.float32(0.25), "whole": np.int64(3), "yes": np.bool_(True), "word": np.str_("x")}
+        return images.mean((1, 2, 3)), {**extra, "each": np.arange(len(images)), "map": np.zeros((2, 5))}
+
+    metrics = RewardSet(reward)(torch.rand(3, 3, 4, 4), ["a"] * 3, [{}] * 3).metrics
+    assert {name.rpartition("/")[2]: value.tolist() for name, value in metrics.items()} == {
+        "scalar": 0.25,
+        "whole": 3.0,
+        "yes": 1.0,
+        "each": [0.0, 1.0, 2.0],
+    }
+
+
+def test_nothing_in_the_details_keeps_its_graph():
+    Pair = namedtuple("Pair", "left right")
+
+    def reward(images, prompts, metadata):
+        values = images.mean((1, 2, 3))
+        deep = {"a": [values, (values, {"b": values})], "pair": Pair(values, 3), 5: {"x"}}
+        return values, {"deep": deep, "kept": Kept(values), "text": "x"}
+
+    details = RewardSet(reward)(torch.rand(2, 3, 4, 4, requires_grad=True), ["a"] * 2, [{}] * 2).details["reward"]
+    deep = details["deep"]
+    tensors = [deep["a"][0], deep["a"][1][0], deep["a"][1][1]["b"], deep["pair"].left, details["kept"]["values"]]
+    assert len(tensors) == 5 and not any(tensor.requires_grad for tensor in tensors)
+    assert deep["pair"].right == 3 and deep[5] == {"x"} and details["text"] == "x"
+
+
+@dataclass
+class Kept:
+    values: torch.Tensor

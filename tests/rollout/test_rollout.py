@@ -108,8 +108,10 @@ def test_one_generator_a_sample_keeps_the_image():
     expected = plain(pipeline, {**inputs, "generator": generators[0]})
     output = rollout(pipeline, {**inputs, "generator": generators[1]})
     assert torch.equal(output.images, expected)
+    pipeline.to(torch.float64)
+    expected = plain(pipeline, {**inputs, "generator": [seeded(1), seeded(2)]})
     alone = plain(pipeline, {**inputs, "prompt": inputs["prompt"][1:], "generator": [seeded(2)]})
-    torch.testing.assert_close(alone, expected[1:], rtol=0, atol=1e-5)
+    torch.testing.assert_close(alone, expected[1:], rtol=0, atol=1e-6)  # the solver rounds to float32
 
 
 def test_dropout_is_off_in_training_mode():

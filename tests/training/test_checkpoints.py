@@ -1,7 +1,12 @@
 """Resuming, and files that mean what was trained."""
 
+import hashlib
+import json
 import random
 import shutil
+from dataclasses import fields
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,11 +16,30 @@ from huggingface_hub import ModelCard
 from peft import LoraConfig
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from training_cases import PROMPTS, checkpoint_tensors, logged, make_trainer, redness, same, sample, trained_weights
+from training_cases import (
+    PROMPTS,
+    blueness,
+    checkpoint_tensors,
+    logged,
+    make_trainer,
+    redness,
+    same,
+    sample,
+    trained_weights,
+)
+from transformers import TrainingArguments
 
 from examples.tiny import tiny_flux, tiny_sd3
+from trl_leapalign import LeapAlignConfig, leapalign_trainer
 from trl_leapalign.adapters.saving import LORA_FILE, _compare, loading_lines, save_trained
-from trl_leapalign.training.checkpoints import last_checkpoint
+from trl_leapalign.training.checkpoints import (
+    SEAL_FILE,
+    UNFINISHED_FILE,
+    check_whole,
+    last_checkpoint,
+    rotate_checkpoints,
+)
+from trl_leapalign.training.resuming import LOGGED, SAME
 
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
 
@@ -24,6 +48,12 @@ def random_prompt():
     color = random.choice(["red", "green", "blue"])
     shape = ["circle", "square", "triangle"][np.random.randint(3)]
     return f"a {color} {shape}", {"number": torch.randint(1000, ()).item()}
+
+
+def shifted():
+    pipeline = tiny_flux()
+    pipeline.scheduler = pipeline.scheduler.from_config(pipeline.scheduler.config, base_shift=0.9)
+    return pipeline
 
 
 # Resuming
@@ -85,10 +115,7 @@ def test_seconds_per_step_count_the_steps_of_this_run(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (
-            {"full_finetuning": True, "before": {"learning_rate": 1e-5}, "learning_rate": 1e-5},
-            "not a checkpoint of this",
-        ),
+        ({"full_finetuning": True}, "saved with full_finetuning=False, not True"),
         ({"learning_rate": 1e-3}, "saved with learning_rate=0.01, not 0.001"),
         ({"ema_decay": 0.9}, "saved with ema_decay=None, not 0.9"),
         ({"before": {"ema_decay": 0.8}}, "saved with ema_decay=0.8, not None"),
@@ -98,17 +125,108 @@ def test_seconds_per_step_count_the_steps_of_this_run(tmp_path):
         ({"data_seed": 3}, "saved with data_seed=42, not 3"),
         ({"gradient_accumulation_steps": 2}, "samples_per_update=1, not 2"),
         ({"draw_group_size": 1, "before": {"gradient_accumulation_steps": 2}}, "draw_group_size=2, not 1"),
-        ({"arguments": {"peft_config": LoraConfig(r=4, target_modules=ATTENTION)}}, "not a checkpoint of this"),
-        ({"arguments": {"peft_config": LoraConfig(r=32, target_modules=["to_q"])}}, "not a checkpoint of this"),
+        ({"arguments": {"peft_config": LoraConfig(r=4, lora_alpha=4)}}, "not a checkpoint of this"),
+        ({"arguments": {"peft_config": LoraConfig(r=32, target_modules=["to_q"])}}, "adapter_scales=.*'1.0': 17"),
+        ({"sample_guidance_scale": 2.0}, "saved with sample_guidance_scale=None, not 2.0"),
+        ({"sample_height": 32}, "saved with sample_height=16, not 32"),
+        ({"sample_kwargs": {"true_cfg_scale": 2.0}}, "saved with sample_kwargs={}, not {'true_cfg_scale': 2.0}"),
+        ({"prompts": PROMPTS[:-1]}, "saved with prompts='5 rows .*, not '4 rows"),
+        ({"prompts": [*PROMPTS[1:], PROMPTS[0]]}, "saved with prompts="),
+        ({"prompts": lambda: ("a cat", {})}, r"saved with prompts='5 rows .*, not '.*lambda.*\(\)"),
+        ({"train_sampling_strategy": "sequential"}, "saved with train_sampling_strategy='random', not 'sequential'"),
+        ({"reward": blueness}, "saved with rewards={.*redness.*blueness"),
+        ({"reward_weights": [2.0]}, r"saved with reward_weights=\[1.0\], not \[2.0\]"),
+        ({"reward_threshold": [9.0]}, r"saved with reward_threshold=\[None\], not \[9.0\]"),
+        ({"base_penalty": 0.1}, "saved with base_penalty=None, not 0.1"),
+        ({"bf16": True, "use_cpu": True, "before": {"use_cpu": True}}, "saved with bf16=False, not True"),
+        ({"weight_decay": 0.5}, "saved with weight_decay=0.0001, not 0.5"),
+        ({"adam_beta1": 0.5}, "saved with adam_beta1=0.9, not 0.5"),
+        ({"optim": "sgd"}, "saved with optim='adamw_torch.*', not 'sgd'"),
+        ({"lr_scheduler_type": "linear"}, "saved with lr_scheduler_type='constant', not 'linear'"),
+        ({"warmup_steps": 3}, "saved with warmup_steps=0, not 3"),
+        ({"pipeline": tiny_sd3}, "saved with pipeline='FluxPipeline', not 'StableDiffusion3Pipeline'"),
+        ({"pipeline": partial(tiny_flux, seed=1)}, "saved with base_weights={'text_encoder': .*'vae': "),
+        ({"pipeline": shifted}, "saved with scheduler={'scheduler': {'base_shift': 0.5}}, not .*'base_shift': 0.9"),
+        ({"max_steps": 1, "before": {"max_steps": 2, "save_steps": 2}}, "after 2 updates, but max_steps=1"),
     ],
 )
 def test_resuming_from_another_training_is_refused(settings, message, tmp_path):
     settings, before = dict(settings), settings.get("before", {})
     settings.pop("before", None)
-    make_trainer(tmp_path, max_steps=1, save_strategy="steps", save_steps=1, sample_num_steps=2, **before).train()
-    other = make_trainer(tmp_path, **{"sample_num_steps": 2, **settings})
+    start = {"max_steps": 1, "save_strategy": "steps", "save_steps": 1, "sample_num_steps": 2}
+    make_trainer(tmp_path, **{**start, **before}).train()
+    pipeline = settings.pop("pipeline", tiny_flux)()
+    other = make_trainer(tmp_path, pipeline, **{"sample_num_steps": 2, **settings})
+    weights = trained_weights(other)
     with pytest.raises(ValueError, match=message):
-        other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+        other.train(resume_from_checkpoint=True)
+    assert same(weights, trained_weights(other))
+
+
+def test_each_setting_of_our_own_is_decided():
+    own = {option.name for option in fields(LeapAlignConfig)} - {option.name for option in fields(TrainingArguments)}
+    compared_otherwise = {"method", "method_kwargs", "reward_weights", "reward_threshold", "pipeline_columns"}
+    compared_otherwise |= {"train_prompts", "prompt_column", "denoisers", "model_init_kwargs"}
+    assert own == own & {*SAME, *LOGGED} | compared_otherwise | {"eval_prompts", "dry_run"}
+
+
+def test_what_may_change_is_logged(tmp_path, caplog):
+    settings = {"save_strategy": "steps", "save_steps": 1, "sample_num_steps": 2}
+    make_trainer(tmp_path, max_steps=1, gradient_accumulation_steps=2, **settings).train()
+    changed = {"per_device_train_batch_size": 2, "max_grad_norm": 0.5, "max_steps": 2, "reward": lambda i, p, m: 0}
+    changed["reward"] = with_code(changed["reward"])
+    resumed = make_trainer(tmp_path, **changed, **settings)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == 2
+    text = caplog.text
+    assert "max_steps=1, now 2; max_grad_norm=1.0, now 0.5; per_device_train_batch_size=1, now 2" in text
+    assert "gradient_accumulation_steps=2, now 1" in text and "reward_settings={'redness': {'code':" in text
+
+
+def with_code(_):
+    """Another reward of the same name."""
+
+    def changed(images, prompts, metadata):
+        return 0.5 * redness(images, prompts, metadata)
+
+    changed.__name__ = "redness"
+    return changed
+
+
+def test_nothing_is_logged_if_nothing_changed(tmp_path, caplog):
+    settings = {"save_strategy": "steps", "save_steps": 1, "sample_num_steps": 2}
+    make_trainer(tmp_path, max_steps=1, **settings).train()
+    finished = make_trainer(tmp_path, max_steps=1, resume_from_checkpoint=True, **settings)
+    finished.train()  # the config's setting has an effect
+    assert finished.state.global_step == 1
+    [record] = [record for record in caplog.records if record.name.startswith("trl_leapalign")]
+    assert "saved after all 1 updates: there is nothing left to train" in record.getMessage()
+    make_trainer(tmp_path / "new", max_steps=1, resume_from_checkpoint=str(tmp_path / "none")).train(False)
+
+
+def test_a_loaded_adapter_goes_on_from_its_checkpoint(tmp_path):
+    settings = {"save_strategy": "steps", "save_steps": 1, "sample_num_steps": 2, "max_steps": 2}
+    straight = make_trainer(tmp_path, **settings)
+    straight.train()
+    pipeline = tiny_flux()
+    pipeline.load_lora_weights(tmp_path / "checkpoint-1", adapter_name="mine")
+    resumed = make_trainer(tmp_path / "other", pipeline, **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert list(trained_weights(straight).values()) and all(
+        torch.equal(*pair)
+        for pair in zip(trained_weights(straight).values(), trained_weights(resumed).values(), strict=True)
+    )
+
+
+def test_a_loaded_adapter_of_another_scale_is_refused(tmp_path):
+    """Files of adapters have the scale in lora_B, so the checkpoint's own weights would act at another strength."""
+    config = LoraConfig(r=4, lora_alpha=2, target_modules=ATTENTION)
+    settings = {"save_strategy": "steps", "save_steps": 1, "sample_num_steps": 2, "max_steps": 1}
+    make_trainer(tmp_path, arguments={"peft_config": config}, **settings).train()
+    pipeline = tiny_flux()
+    pipeline.load_lora_weights(tmp_path / "checkpoint-1")
+    with pytest.raises(ValueError, match=r"adapter_scales={'transformer': {'0.5': 7}}, not .*'1.0': 7"):
+        make_trainer(tmp_path, pipeline, **settings).train(resume_from_checkpoint=True)
 
 
 def test_resuming_from_no_checkpoint_is_refused(tmp_path):
@@ -122,22 +240,109 @@ def test_resuming_from_no_checkpoint_is_refused(tmp_path):
     assert same(start, trained_weights(trainer))
 
 
-@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "run.json", "trained_parameters.safetensors"])
+@pytest.mark.parametrize(
+    "name", ["optimizer.pt", "scheduler.pt", "run.json", "trained_parameters.safetensors", "rng_state.pth", SEAL_FILE]
+)
 def test_resuming_from_a_part_of_a_checkpoint_is_refused(name, tmp_path):
     make_trainer(tmp_path, max_steps=1, save_strategy="steps", save_steps=1, sample_num_steps=2).train()
     (tmp_path / "checkpoint-1" / name).unlink()
     trainer = make_trainer(tmp_path, sample_num_steps=2)
-    with pytest.raises(ValueError, match=f"is not a whole checkpoint: it has no {name}"):
-        trainer.train(resume_from_checkpoint=True)
+    for asked in (True, str(tmp_path / "checkpoint-1")):
+        with pytest.raises(ValueError, match=f"checkpoint-1 is not a whole checkpoint: it has no {name}"):
+            trainer.train(resume_from_checkpoint=asked)
 
 
-def test_the_last_whole_checkpoint_is_resumed(tmp_path):
-    make_trainer(tmp_path, max_steps=2, save_strategy="steps", save_steps=1, sample_num_steps=2).train()
-    (tmp_path / "checkpoint-2" / "trainer_state.json").unlink()
-    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-1")
-    (tmp_path / "checkpoint-1").rename(tmp_path / "checkpoint-10")
-    (tmp_path / "checkpoint-2" / "trainer_state.json").touch()
-    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """Two checkpoints."""
+    directory = tmp_path_factory.mktemp("saved")
+    make_trainer(directory, max_steps=2, save_strategy="steps", save_steps=1, sample_num_steps=2).train()
+    return directory
+
+
+@pytest.fixture
+def copied(saved, tmp_path):
+    return Path(shutil.copytree(saved, tmp_path / "copied"))
+
+
+def test_a_checkpoint_lists_all_of_its_files(saved):
+    seal = json.loads((saved / "checkpoint-2" / SEAL_FILE).read_text())
+    files = {path.relative_to(saved / "checkpoint-2").as_posix() for path in (saved / "checkpoint-2").rglob("*")}
+    assert files == {*seal["files"], SEAL_FILE} and len(files) > 7 and seal["number"] == 2
+    for name, known in seal["files"].items():
+        content = (saved / "checkpoint-2" / name).read_bytes()
+        assert known == {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+
+
+DAMAGE = {
+    "cut": lambda content: content[: len(content) // 2],
+    "empty": lambda content: b"",
+    "flipped": lambda content: content[:-9] + bytes([content[-9] ^ 1]) + content[-8:],
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+@pytest.mark.parametrize("name", ["trainer_state.json", "optimizer.pt", "rng_state.pth", LORA_FILE, SEAL_FILE])
+def test_a_damaged_checkpoint_is_named_and_an_earlier_one_resumed(name, damage, copied, caplog):
+    file = copied / "checkpoint-2" / name
+    if (name, damage) == (SEAL_FILE, "flipped"):
+        pytest.skip("a digest of another file is what differs then")
+    file.write_bytes(DAMAGE[damage](file.read_bytes()))
+    with pytest.raises(ValueError, match=f"checkpoint-2 is not a whole checkpoint: its {name} is damaged"):
+        check_whole(copied / "checkpoint-2")
+    assert last_checkpoint(copied) == str(copied / "checkpoint-1")
+    assert f"checkpoint-2 is not a whole checkpoint: its {name} is damaged" in caplog.text
+
+
+def test_an_unfinished_checkpoint_is_not_resumed_and_removed_at_the_next_save(copied):
+    (copied / "checkpoint-2" / SEAL_FILE).unlink()
+    (copied / "checkpoint-2" / UNFINISHED_FILE).touch()
+    (copied / "removed-checkpoint-3").mkdir()  # its removal was stopped
+    (copied / "checkpoint-4").mkdir()  # stopped at once
+    (copied / "checkpoint-5").mkdir()
+    (copied / "checkpoint-5" / "adapter").touch()  # not ours
+    with pytest.raises(ValueError, match="checkpoint-2 is not a whole checkpoint: it was not written to its end"):
+        check_whole(copied / "checkpoint-2")
+    trainer = make_trainer(copied, max_steps=3, save_strategy="steps", save_steps=3, sample_num_steps=2)
+    trainer.train(resume_from_checkpoint=True)
+    assert sorted(path.name for path in copied.iterdir()) == ["checkpoint-1", "checkpoint-3", "checkpoint-5"]
+
+
+def test_the_checkpoint_that_was_written_last_is_resumed(copied):
+    """Not the highest: that may be of an older training in the same folder."""
+    (copied / "checkpoint-2").rename(copied / "checkpoint-8")
+    make_trainer(copied, max_steps=1, save_strategy="steps", save_steps=1, sample_num_steps=2).train()
+    assert last_checkpoint(copied) == str(copied / "checkpoint-1")
+
+
+def test_only_whole_checkpoints_count_when_old_ones_are_removed(copied):
+    (copied / "checkpoint-1").rename(copied / "checkpoint-9")
+    (copied / "checkpoint-9" / "optimizer.pt").unlink()
+    settings = {"max_steps": 5, "save_strategy": "steps", "save_steps": 1, "sample_num_steps": 2}
+    make_trainer(copied, save_total_limit=2, **settings).train(resume_from_checkpoint=str(copied / "checkpoint-2"))
+    assert sorted(path.name for path in copied.iterdir()) == ["checkpoint-4", "checkpoint-5", "checkpoint-9"]
+    rotate_checkpoints(copied, 1, best=copied / "checkpoint-4")
+    assert sorted(path.name for path in copied.iterdir()) == ["checkpoint-4", "checkpoint-5", "checkpoint-9"]
+    rotate_checkpoints(copied, 1)
+    assert sorted(path.name for path in copied.iterdir()) == ["checkpoint-5", "checkpoint-9"]
+
+
+def test_weights_alone_cannot_be_resumed(tmp_path):
+    settings = {"save_strategy": "steps", "save_steps": 1, "sample_num_steps": 2, "max_steps": 1}
+    make_trainer(tmp_path, save_only_model=True, **settings).train()
+    with pytest.raises(ValueError, match="checkpoint-1 is not a whole checkpoint: it was saved with save_only_model"):
+        make_trainer(tmp_path, **settings).train(resume_from_checkpoint=True)
+
+
+def test_old_checkpoints_are_removed_after_the_new_one_is_sealed(copied, monkeypatch):
+    def stopped(directory):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(leapalign_trainer, "seal_checkpoint", stopped)
+    settings = {"max_steps": 3, "save_strategy": "steps", "save_steps": 1, "sample_num_steps": 2}
+    with pytest.raises(KeyboardInterrupt):
+        make_trainer(copied, save_total_limit=1, **settings).train(resume_from_checkpoint=True)
+    assert last_checkpoint(copied) == str(copied / "checkpoint-2")
 
 
 # Weights that are not finite

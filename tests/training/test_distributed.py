@@ -25,12 +25,13 @@ def free_port() -> int:
 def launch(directory: Path, processes: int, batch_size: int, accumulation: int) -> None:
     # `accelerate launch --cpu` starts one process only, unless it has mpirun.
     launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", str(free_port())]
-    root = str(SCRIPT.parent.parent)
+    tests = SCRIPT.parents[1]
+    path = os.pathsep.join(map(str, [tests.parent, tests, tests / "prompts"]))
     result = subprocess.run(
         [sys.executable, *(launcher if processes > 1 else []), SCRIPT, directory, str(batch_size), str(accumulation)],
         capture_output=True,
         text=True,
-        env={**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
         timeout=240,
     )
     assert result.returncode == 0, result.stdout + result.stderr

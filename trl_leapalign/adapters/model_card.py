@@ -1,37 +1,62 @@
 """The card of trained weights on the Hub."""
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from diffusers import DiffusionPipeline
 from huggingface_hub import ModelCard, ModelCardData
+from torch import nn
 
+from ..markdown import code, escape, literal
 from .saving import loading_lines
 
-if TYPE_CHECKING:
-    from ..leapalign_trainer import LeapAlignTrainer
-
-LOAD_FULL = 'pipeline.{name} = type(pipeline.{name}).from_pretrained("{repository}", subfolder="{name}")'
+LOAD_FULL = 'pipeline.{name} = type(pipeline.{name}).from_pretrained({repository}, subfolder="{name}")'
 TEMPLATE = """---
 {{ card_data }}
 ---
 
 # {{ name }}
 
-{{ kind }} for `{{ base }}`, trained to raise {{ rewards }} by
-`trl_leapalign` ([LeapAlign](https://huggingface.co/papers/2604.15311)) with the method `{{ method }}`.
+{{ kind }} for {{ base }}, trained to raise {{ rewards }} by
+`trl_leapalign` ([LeapAlign](https://huggingface.co/papers/2604.15311)) with the method {{ method }}.
 
 ```python
 from diffusers import DiffusionPipeline
 
-pipeline = DiffusionPipeline.from_pretrained("{{ base }}")
+pipeline = DiffusionPipeline.from_pretrained({{ source }})
 {{ load }}
-image = pipeline("{{ prompt }}").images[0]
+image = pipeline({{ prompt }}).images[0]
 ```
 """
 
 
+@dataclass(frozen=True)
+class TrainedModel:
+    """What the card tells of a training.
+
+    Args:
+        pipeline (DiffusionPipeline): the pipeline that was trained.
+        denoisers (dict[str, nn.Module]): its trained components by name.
+        full_finetuning (bool): whether all weights were trained rather than an adapter.
+        repository (str): id on the Hub, or name of the folder.
+        rewards (tuple[str, ...]): names of the rewards.
+        method (str): the method with its settings.
+        prompt (str): an example prompt.
+        tags (tuple[str, ...]): of the trainer.
+    """
+
+    pipeline: DiffusionPipeline
+    denoisers: dict[str, nn.Module]
+    full_finetuning: bool
+    repository: str
+    rewards: tuple[str, ...]
+    method: str
+    prompt: str
+    tags: tuple[str, ...] = ()
+
+
 def write_model_card(
-    trainer: "LeapAlignTrainer",
+    trained: TrainedModel,
     directory: Path,
     *,
     language: str | None = None,
@@ -44,7 +69,7 @@ def write_model_card(
     """Write `README.md` with what was trained from what, how to load it, and the tags that the Hub's pages go by.
 
     Args:
-        trainer (LeapAlignTrainer): the trainer of the weights.
+        trained (TrainedModel): what was trained, and how.
         directory (Path): the folder to write into.
         language (str | None): of the prompts.
         license (str | None): of the weights.
@@ -53,16 +78,16 @@ def write_model_card(
         finetuned_from (str | None): the base model; None is where the pipeline was loaded from.
         dataset (str | list[str] | None): ids of the prompts' datasets on the Hub.
     """
-    base = finetuned_from or getattr(trainer.pipeline.config, "_name_or_path", None)
+    base = finetuned_from or getattr(trained.pipeline.config, "_name_or_path", None)
     on_hub = bool(base) and not Path(base).exists()
-    repository = trainer.hub_model_id or directory.name
-    lora = not trainer.args.full_finetuning
+    repository = trained.repository
+    lora = not trained.full_finetuning
     if lora:
-        load = loading_lines(trainer.pipeline, trainer.denoisers, repository)
+        load = loading_lines(trained.pipeline, trained.denoisers, repository)
     else:
-        load = [LOAD_FULL.format(repository=repository, name=name) for name in trainer.denoisers]
+        load = [LOAD_FULL.format(repository=literal(repository), name=name) for name in trained.denoisers]
     tags = [tags] if isinstance(tags, str) else list(tags or [])
-    tags += ["text-to-image", "diffusers", "diffusers-training", *(["lora"] if lora else []), *trainer._tag_names]
+    tags += ["text-to-image", "diffusers", "diffusers-training", *(["lora"] if lora else []), *trained.tags]
     card_data = ModelCardData(
         language=language,
         license=license,
@@ -74,12 +99,13 @@ def write_model_card(
     card = ModelCard.from_template(
         card_data,
         template_str=TEMPLATE,
-        name=model_name or repository,
+        name=escape(model_name or repository),
         kind="LoRA adapter" if lora else "Weights",
-        base=base or type(trainer.pipeline).__name__,
-        rewards=", ".join(f"`{reward}`" for reward in trainer.rewards.names),
-        method=repr(trainer.rollout_model.method),
+        base=code(base or type(trained.pipeline).__name__),
+        source=literal(base or type(trained.pipeline).__name__),
+        rewards=", ".join(map(code, trained.rewards)),
+        method=code(trained.method),
         load="\n".join(load),
-        prompt=trainer.train_dataset[0]["prompt"].replace('"', "'"),
+        prompt=literal(trained.prompt),
     )
     card.save(directory / "README.md")

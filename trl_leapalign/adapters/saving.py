@@ -3,6 +3,7 @@
 import inspect
 import json
 import logging
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -11,14 +12,17 @@ from diffusers.loaders import PeftAdapterMixin
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from peft import LoraConfig
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, get_peft_model_state_dict
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from .lora import adapter_name
+from ..markdown import literal
+from .lora import DENOISER_PREFIXES, adapter_name
 
 logger = logging.getLogger(__name__)
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
+PEFT_PREFIX = "base_model.model."
 
 
 def lora_state_dict(denoiser: nn.Module) -> tuple[dict[str, Tensor], dict]:
@@ -63,9 +67,7 @@ def save_trained(
     if full_finetuning:
         for name, denoiser in denoisers.items():
             denoiser.save_pretrained(directory / name)
-            files = sorted((directory / name).glob("*.safetensors"))
-            saved = {key: value for file in files for key, value in load_file(file).items()}
-            _compare(saved, denoiser.state_dict(), directory / name)
+            _compare(_SavedTensors(directory / name), denoiser.state_dict(), directory / name)
         return
     adapters = {name: lora_state_dict(denoiser) for name, denoiser in denoisers.items()}
     if saved_by_pipeline(pipeline, denoisers):
@@ -91,17 +93,27 @@ def loading_lines(pipeline: DiffusionPipeline, denoisers: dict[str, nn.Module], 
         list[str]: lines of Python, in which the pipeline is called so.
     """
     if saved_by_pipeline(pipeline, denoisers):
-        return [f'pipeline.load_lora_weights("{source}")']
+        return [f"pipeline.load_lora_weights({literal(source)})"]
     own = [name for name, denoiser in denoisers.items() if isinstance(denoiser, PeftAdapterMixin)]
+    written = literal(source)
     return [
         *(["from peft import PeftModel"] if len(own) < len(denoisers) else []),
         *(
-            f'pipeline.{name}.load_lora_adapter("{source}", subfolder="{name}", prefix=None, use_safetensors=True)'
+            f'pipeline.{name}.load_lora_adapter({written}, subfolder="{name}", weight_name="{LORA_FILE}", '
+            f'prefix="{lora_prefix(name)}")'
             if name in own
-            else f'PeftModel.from_pretrained(pipeline.{name}, "{source}", subfolder="{name}")'
+            else f'PeftModel.from_pretrained(pipeline.{name}, {written}, subfolder="{name}")'
             for name in denoisers
         ),
     ]
+
+
+def lora_prefix(name: str) -> str:
+    """What the keys of a component's LoRA weights begin with: of a second transformer too, that of the first.
+
+    So each folder is also one that the pipeline's own `load_lora_weights` and other tools read.
+    """
+    return next((prefix for prefix in DENOISER_PREFIXES if name.startswith(prefix)), name)
 
 
 def saved_by_pipeline(pipeline: DiffusionPipeline, denoisers: dict[str, nn.Module]) -> bool:
@@ -130,17 +142,40 @@ def _save_for_modules(
         folder.mkdir(parents=True, exist_ok=True)
         if isinstance(denoisers[name], PeftAdapterMixin):
             file = folder / LORA_FILE
+            prefix = lora_prefix(name)
+            weights = {f"{prefix}.{key}": value for key, value in weights.items()}
+            config = {f"{prefix}.{key}": value for key, value in config.items()}
             metadata = {"format": "pt", LORA_ADAPTER_METADATA_KEY: json.dumps(config, default=list)}
         else:
             file = folder / SAFETENSORS_WEIGHTS_NAME
-            weights = {f"base_model.model.{key}": value for key, value in weights.items()}
+            weights = {f"{PEFT_PREFIX}{key}": value for key, value in weights.items()}
             metadata = {"format": "pt"}
             LoraConfig(**config).save_pretrained(folder)
         save_file(weights, file, metadata=metadata)
         _compare(load_file(file), weights, file)
 
 
-def _compare(saved: dict[str, Tensor], expected: dict[str, Tensor], where: Path) -> None:
+class _SavedTensors(Mapping):
+    """The tensors of a folder's safetensors files, read one at a time when they are asked for."""
+
+    def __init__(self, folder: Path):
+        self.files: dict[str, Path] = {}
+        for path in sorted(folder.glob("*.safetensors")):
+            with safe_open(path, "pt") as file:
+                self.files |= dict.fromkeys(file.keys(), path)
+
+    def __getitem__(self, name: str) -> Tensor:
+        with safe_open(self.files[name], "pt") as file:
+            return file.get_tensor(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.files)
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+
+def _compare(saved: Mapping[str, Tensor], expected: dict[str, Tensor], where: Path) -> None:
     wrong = list(saved.keys() ^ expected.keys())
     wrong += [key for key in saved.keys() & expected.keys() if not torch.equal(saved[key], expected[key].cpu())]
     if wrong:

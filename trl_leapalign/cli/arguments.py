@@ -11,7 +11,9 @@ class TrainArguments:
     """Arguments of `trl-leapalign train`: what is trained, with which reward."""
 
     pipeline: str = field(metadata={"help": "Hub id or path of the pipeline, or MODULE:FUNCTION that returns one."})
-    reward: list[str] = field(metadata={"help": "Reward functions: names of built-in ones, or MODULE:NAME."})
+    reward: list[str] = field(
+        metadata={"help": "Reward functions: names of built-in ones or of evaluators, such as geneval, or MODULE:NAME."}
+    )
     lora: dict[str, Any] | str | None = field(
         default=None, metadata={"help": 'Arguments of peft.LoraConfig, such as `{"r": 64}`. None is the default LoRA.'}
     )
@@ -22,6 +24,18 @@ class CheckArguments:
     """Arguments of `trl-leapalign check`."""
 
     pipeline: str = field(metadata={"help": "Hub id or path of the pipeline, or MODULE:FUNCTION that returns one."})
+
+
+@dataclass
+class VoteArguments:
+    """Arguments of `trl-leapalign vote`."""
+
+    folder: str = field(metadata={"help": "Folder of the pictures and votes, which HumanReward is given too."})
+    port: int = field(default=7860, metadata={"help": "Of the page."})
+    host: str = field(
+        default="127.0.0.1",
+        metadata={"help": "Address that the page is served on. 0.0.0.0 lets the whole network see it and vote."},
+    )
 
 
 @dataclass
@@ -67,8 +81,8 @@ class EvaluateArguments:
     evaluators: list[str] | None = field(
         default=None,
         metadata={
-            "help": "Names of built-in rewards, 'geneval', 'unifiedreward-alignment', 'unifiedreward-iq', or "
-            "MODULE:NAME, called as rewards."
+            "help": "Names of built-in rewards, 'geneval', 'unifiedreward-alignment', 'unifiedreward-iq', 'vlm', "
+            "'ocr', or MODULE:NAME, called as rewards."
         },
     )
     output_dir: str | None = field(default=None, metadata={"help": "Where images, scores and tables go."})

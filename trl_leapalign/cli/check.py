@@ -17,6 +17,7 @@ from ..adapters.lora import enable_checkpointing, trained_parameters
 from ..adapters.saving import loading_lines, save_trained
 from ..leapalign_config import LeapAlignConfig
 from ..leapalign_trainer import LeapAlignTrainer
+from ..markdown import escape
 from ..methods import DRaFT, Method, Plan, Schedule, Trajectory
 from ..methods.flow import TRIGFLOW
 from ..prompts.columns import takes_images
@@ -124,8 +125,8 @@ class PipelineCheck:
         rows["takes images as"] = ", ".join(self.images)
         if self.identical is not None:
             rows["same output as a plain call"] = "yes, bit for bit" if self.identical else "no"
-        lines = [f"# {self.name}", "", "| | |", "| --- | --- |"]
-        lines += [f"| {name} | {value} |" for name, value in rows.items() if value]
+        lines = [f"# {escape(self.name)}", "", "| | |", "| --- | --- |"]
+        lines += [f"| {escape(name)} | {escape(value)} |" for name, value in rows.items() if value]
         verdict = "It can be trained." if self.trainable else f"It cannot be trained: {self.problem}"
         if self.out_of_memory:
             verdict = (
@@ -205,11 +206,11 @@ def brightness(images: Tensor, prompts: list[str], metadata: list[dict[str, Any]
     return (images * torch.linspace(0.5, 1.0, images.shape[-1], device=images.device)).flatten(1).mean(1)
 
 
-class Watched(Method):
+class Watched(Method[Plan]):
     """A method that takes note of the sampling loops that it plans, and of the denoisers' calls in each.
 
     Args:
-        method (Method): does the work.
+        method (Method[Plan]): does the work.
     """
 
     def __init__(self, method: Method):

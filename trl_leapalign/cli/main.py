@@ -4,18 +4,20 @@ import importlib
 import logging
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from peft import LoraConfig
 
+from ..evaluation.rows import read_if_geneval
 from ..leapalign_config import LeapAlignConfig, read_dict
 from ..methods import METHODS
 from ..prompts.sources import load_prompts
 from ..rollout.pipelines import load_pipeline
-from .arguments import CheckArguments, CompareArguments, EvaluateArguments, TrainArguments
+from .arguments import CheckArguments, CompareArguments, EvaluateArguments, TrainArguments, VoteArguments
 
 SHAPES = "examples/shapes/compare.yaml"
 USAGE = f"""usage: trl-leapalign COMMAND [options]
@@ -25,8 +27,10 @@ commands:
   compare   train several methods on the same prompts and seeds, and judge them ({SHAPES} by default)
   evaluate  score a pipeline on prompts, with or without an adapter, or compare evaluations that are there
   check     check PIPELINE: tell whether it can be trained, and what to set
+  vote      vote FOLDER: serve the page on which people vote on a training's pictures
 
-trl-leapalign COMMAND --help tells the options; those of all but evaluate are also all settings of LeapAlignConfig.
+trl-leapalign COMMAND --help tells the options; those of all but evaluate and vote are also all settings of
+LeapAlignConfig.
 --config FILE reads options from YAML. Where an object is asked for, MODULE:NAME is what Python finds under that name,
 from here.
 """
@@ -44,7 +48,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     elif command not in COMMANDS:
         sys.exit(f"{USAGE}\nerror: unknown command {command!r}")
     else:
-        sys.path.insert(0, "")
         COMMANDS[command](options)
 
 
@@ -62,10 +65,10 @@ def train(options: list[str]) -> None:
         peft_config=_lora(arguments),
     )
     trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
-    trainer.save_model()
     if config.push_to_hub:
         trainer.push_to_hub()
     else:
+        trainer.save_model()
         trainer.create_model_card()
 
 
@@ -109,12 +112,12 @@ def compare(options: list[str]) -> None:
 def evaluate(options: list[str]) -> None:
     """Evaluate a pipeline, or compare evaluations, and print the table."""
     from accelerate import PartialState
-    from trl import TrlParser
 
     from ..evaluation import compare_evaluations
     from ..evaluation import evaluate as run
+    from .parsing import OptionParser
 
-    [arguments] = TrlParser(EvaluateArguments).parse_args_and_config(options)
+    [arguments] = OptionParser(EvaluateArguments).parse_args_and_config(options)
     if arguments.compare:
         comparison = compare_evaluations(arguments.compare)
         print(comparison.markdown())
@@ -169,6 +172,19 @@ def check(options: list[str]) -> None:
         sys.exit(1)
 
 
+def vote(options: list[str]) -> None:
+    """Serve the page on which people vote, until the process is stopped."""
+    from trl import TrlParser
+
+    from .vote import serve
+
+    if options and not options[0].startswith("-"):
+        options = ["--folder", *options]
+    [arguments] = TrlParser(VoteArguments).parse_args_and_config(options)
+    print(f"Vote on http://{arguments.host}:{arguments.port}; Ctrl-C stops, votes stay in {arguments.folder}.")
+    serve(arguments.folder, arguments.host, arguments.port)
+
+
 NOT_COMPARED = {
     "seed": "Set --seeds.",
     "resume_from_checkpoint": "It goes on with the runs that are not done yet by itself.",
@@ -177,7 +193,7 @@ NOT_COMPARED = {
     "eval_on_start": "The pipeline before training is judged too.",
 }
 
-COMMANDS = {"train": train, "compare": compare, "evaluate": evaluate, "check": check}
+COMMANDS = {"train": train, "compare": compare, "evaluate": evaluate, "check": check, "vote": vote}
 
 
 def _evaluators(arguments: EvaluateArguments) -> list[Any]:
@@ -204,9 +220,9 @@ def _evaluators(arguments: EvaluateArguments) -> list[Any]:
 
 
 def _parse(kind: type, options: list[str], **defaults: Any) -> tuple[Any, LeapAlignConfig]:
-    from trl import TrlParser
+    from .parsing import OptionParser
 
-    parser = TrlParser((kind, LeapAlignConfig))
+    parser = OptionParser((kind, LeapAlignConfig))
     parser.set_defaults(**defaults)
     return parser.parse_args_and_config(options)
 
@@ -221,11 +237,33 @@ def _object(name: str) -> Any:
         raise ValueError(f"{name!r} names no object. Write MODULE:NAME, such as my_rewards:brightness.")
     module, _, attribute = name.partition(":")
     try:
-        return getattr(importlib.import_module(module), attribute)
-    except (ModuleNotFoundError, AttributeError) as error:
-        raise ValueError(
-            f"There is no {name!r}: {error}. Modules are looked for here and among those installed."
+        with _modules_of_this_folder():
+            found = importlib.import_module(module)
+    except Exception as error:
+        if isinstance(error, ModuleNotFoundError) and f"{module}.".startswith(f"{error.name}."):
+            raise ValueError(
+                f"There is no {name!r}: {error}. Modules are looked for here and among those installed."
+            ) from error
+        raise ImportError(
+            f"The module {module!r} of {name!r} is there, but fails when it is imported: {type(error).__name__}: "
+            f"{error}. Mend it, or install what it needs."
         ) from error
+    if not hasattr(found, attribute):
+        raise ValueError(f"There is no {name!r}: {found.__name__} ({found.__file__}) has no {attribute!r}.")
+    return getattr(found, attribute)
+
+
+@contextmanager
+def _modules_of_this_folder() -> Iterator[None]:
+    """Let modules be imported from the current folder, for as long as the user's own are."""
+    before = list(sys.path)
+    sys.path.insert(0, "")
+    importlib.invalidate_caches()
+    try:
+        yield
+    finally:
+        if "" in sys.path and "" not in before:
+            sys.path.remove("")
 
 
 def _reward(name: str) -> Any:
@@ -247,4 +285,5 @@ def _maker(pipeline: str, config: LeapAlignConfig) -> Callable:
 def _rows(option: str, source: str | None, config: LeapAlignConfig, split: str = "train") -> Sequence[dict[str, Any]]:
     if source is None:
         raise ValueError(f"There are no prompts: set {option}.")
-    return load_prompts(_object(source)() if _is_object(source) else source, config.prompt_column, split)
+    source = _object(source)() if _is_object(source) else read_if_geneval(source, config.prompt_column)
+    return load_prompts(source, config.prompt_column, split)

@@ -8,6 +8,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -20,16 +21,17 @@ from peft import LoraConfig
 from torch import Tensor
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
-from ..evaluation.generation import weights_digest
+from ..evaluation.evaluators import Evaluator, check_rows, named_rewards
+from ..evaluation.identity import Unidentifiable, identify, identify_pipeline
 from ..evaluation.scoring import score_pipeline
-from ..evaluation.settings import as_json, check_unchanged, read_json, write_json
+from ..evaluation.settings import as_json, check_same_pipeline, check_unchanged, read_json, write_json
 from ..leapalign_config import LeapAlignConfig
 from ..leapalign_trainer import LeapAlignTrainer
 from ..media import as_text, save_sample
 from ..prompts.columns import CallColumns
 from ..ranges import Range
-from ..rewards import RewardFunction, RewardSet
-from ..rollout.pipelines import quiet, schedulers_of
+from ..rewards import NamedReward, RewardFunction, RewardSet
+from ..rollout.pipelines import quiet
 from ..training.guards import NothingLearnt
 from .report import BASE, Result, write_report
 
@@ -45,7 +47,7 @@ GIVEN: dict[str, Any] = {
 SHARED = (
     *GIVEN,
     *("num_train_epochs", "eval_num_steps", "per_device_eval_batch_size", "pipeline_columns"),
-    *("bf16", "fp16", "push_to_hub"),
+    *("bf16", "fp16", "push_to_hub", "reward_kwargs"),
 )
 """Settings that no run can have for itself: those, and those by which all runs are judged."""
 
@@ -148,9 +150,11 @@ class Comparison:
             raise ImportError(f'The report needs {" and ".join(missing)}: pip install "trl-leapalign[compare]".')
         if self.group_by is not None and any(self.group_by not in row for row in self.eval_rows):
             raise ValueError(f"group_by={self.group_by!r} is no column of all prompts to judge on.")
-        rewards = RewardSet(self.reward, self.config.reward_weights, self.config.reward_threshold)
-        object.__setattr__(self, "reward", rewards.functions)
-        object.__setattr__(self, "judges", RewardSet(rewards.functions if self.evaluators is None else self.evaluators))
+        named = named_rewards(self.reward, self.config.reward_kwargs)
+        check_rows(named, self.train_rows, self.tuning_rows, *([self.eval_rows] if self.evaluators is None else []))
+        rewards = RewardSet(named, self.config.reward_weights, self.config.reward_threshold)
+        object.__setattr__(self, "reward", _loaded(rewards, named))
+        object.__setattr__(self, "judges", RewardSet(self.reward if self.evaluators is None else self.evaluators))
         groups = {str(row[self.group_by]) for row in self.eval_rows} if self.group_by is not None else set()
         if taken := groups & {"mean", *self.judges.names}:
             raise ValueError(
@@ -160,9 +164,9 @@ class Comparison:
     def _check_run(self, name: str) -> None:
         settings = self.runs[name]
         wrong = set(settings) & set(SHARED)
-        if name in (BASE, "", ".", "..") or "/" in name or wrong:
+        if name in (BASE, "", ".", "..") or "/" in name or not name.isprintable() or len(name.encode()) > 200 or wrong:
             raise ValueError(
-                f"The run {name!r} with {settings} cannot be compared: it is called {BASE!r}, its name is no name "
+                f"The run {name!r:.250} with {settings} cannot be compared: it is called {BASE!r}, its name is no name "
                 f"of a folder, or it sets what all runs share ({', '.join(SHARED)})."
             )
         configs = [self.config_of(Job(name, seed)) for seed in (self.tuning_seed, *self.seeds)]
@@ -238,7 +242,7 @@ class Comparison:
         directory.mkdir(parents=True, exist_ok=True)
         made_with = self._made_with(job)
         path, settings_path = directory / "result.json", directory / "settings.json"
-        if _agreed(path.exists()):
+        if _agreed(path.exists() and not _holds_unknown(made_with)):
             check_unchanged(directory, read_json(settings_path), made_with, remedy="delete that folder")
             return Result(**read_json(path))
         result = self._measure(job, directory)
@@ -250,8 +254,12 @@ class Comparison:
 
     def _made_with(self, job: Job) -> dict[str, Any]:
         """What a result follows from, as far as JSON can hold it."""
-        names = RewardSet(self.reward).names
+        names = [
+            item.made_with if isinstance(item, Evaluator) else name
+            for item, name in zip(self.reward, RewardSet(self.reward).names, strict=True)
+        ]
         known = {
+            "code and weights of the judges": [_identity(judge) for judge in self.judges.functions],
             "pipeline": self.pipeline_name,
             "precision": [self.config.bf16, self.config.fp16],
             "judges": self.judges.names,
@@ -262,6 +270,9 @@ class Comparison:
             "pipeline_columns": self.config.pipeline_columns,
         }
         if job.seed is not None:
+            known |= {
+                "code and weights of the reward": [_identity(reward) for reward in RewardSet(self.reward).functions]
+            }
             known |= {"reward": names, "train_rows": _fingerprint(self.train_rows), "train_seconds": self.train_seconds}
             known |= {"peft_config": self.peft_config and self.peft_config.to_dict()}
             known |= {name: value for name, value in self.config_of(job).to_dict().items() if name != "output_dir"}
@@ -294,16 +305,16 @@ class Comparison:
         return result
 
     def _check_same_weights(self, pipeline: DiffusionPipeline) -> None:
-        """Raise ValueError if what is done was done with other weights or schedulers of the pipeline."""
-        path, found = self.output_dir / "pipeline.json", {"weights of the pipeline": weights_digest(pipeline)}
-        found |= as_json({type(each).__name__: dict(each.config) for each in schedulers_of(pipeline)})
-        check_unchanged(self.output_dir, read_json(path) or found, found, remedy="delete that folder")
+        """Raise ValueError if what is done was done with other weights or settings of the pipeline."""
+        path, found = self.output_dir / "pipeline.json", identify_pipeline(pipeline)
+        check_same_pipeline(self.output_dir, read_json(path) or found, found, remedy="delete that folder")
         if PartialState().is_main_process:
             write_json(path, found)
 
     def _train(self, pipeline: DiffusionPipeline, config: LeapAlignConfig) -> list[dict[str, float]]:
         limit = [] if self.train_seconds is None else [TimeLimit(self.train_seconds)]
         arguments = {"train_dataset": self.train_rows, "peft_config": self.peft_config, "callbacks": limit}
+        config = replace(config, reward_kwargs=None)  # the rewards are loaded
         trainer = LeapAlignTrainer(pipeline, self.reward, config, **arguments)
         for callback in (PrinterCallback, ProgressCallback):
             trainer.remove_callback(callback)
@@ -360,9 +371,36 @@ class TimeLimit(TrainerCallback):
         control.should_training_stop |= _agreed(self.left <= 0)
 
 
+def _loaded(rewards: RewardSet, named: Sequence[Any]) -> list[Any]:
+    """The rewards, those that were given by name still under it but loaded once for all runs."""
+    return [
+        replace(item, load=partial(_same, function)) if isinstance(item, NamedReward) else function
+        for item, function in zip(named, rewards.functions, strict=True)
+    ]
+
+
+def _same(value: Any) -> Any:
+    return value
+
+
 def _agreed(value: bool) -> bool:
     """What the main process says, in all of them."""
     return broadcast_object_list([value])[0]
+
+
+def _identity(function: RewardFunction) -> str | None:
+    """What a reward or judge is, in a word; None if that cannot be told, so that its results are not used again."""
+    try:
+        return identify(function)
+    except Unidentifiable as error:
+        logger.warning(f"{function!r} cannot be identified, so what is finished with it is done again: {error}")
+        return None
+
+
+def _holds_unknown(made_with: dict[str, Any]) -> bool:
+    return any(
+        None in made_with.get(key, ()) for key in ("code and weights of the judges", "code and weights of the reward")
+    )
 
 
 def _fingerprint(rows: Sequence[dict[str, Any]]) -> str:

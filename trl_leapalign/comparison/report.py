@@ -5,9 +5,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean, median, stdev
+from statistics import fmean, median
 from typing import Any
 
+from ..evaluation.statistics import Estimate, difference, mean_over_seeds
+from ..markdown import escape
 from ..media import read_preview
 
 BASE = "base"
@@ -68,28 +70,6 @@ class Result:
         return fmean(self.by_group().values())
 
 
-@dataclass(frozen=True)
-class Summary:
-    """A mean over seeds.
-
-    Args:
-        mean (float): over the seeds.
-        error (float | None): its standard error; None with one seed, or without a mean.
-    """
-
-    mean: float
-    error: float | None
-
-    @classmethod
-    def of(cls, values: Sequence[float]) -> "Summary":
-        """Average values, one a seed; NaN if one is."""
-        spread = len(values) > 1 and all(map(math.isfinite, values))
-        return cls(fmean(values), stdev(values) / len(values) ** 0.5 if spread else None)
-
-    def __str__(self) -> str:
-        return f"{self.mean:.3g}" if self.error is None else f"{self.mean:.3g} ± {self.error:.2g}"
-
-
 def write_report(directory: Path, results: Sequence[Result]) -> Path:
     """Write report.md, report.json, curves.png and, if images were kept, images.png.
 
@@ -111,7 +91,7 @@ def write_report(directory: Path, results: Sequence[Result]) -> Path:
     draw_curves(by_name, directory / "curves.png")
     has_sheet = draw_sheet(by_name, directory)
     report = {
-        name: {column: vars(value) if isinstance(value, Summary) else value for column, value in row.items()}
+        name: {column: vars(value) if isinstance(value, Estimate) else value for column, value in row.items()}
         | {"p_value": tests.get(name), "settings": [result.settings for result in by_name[name]]}
         for name, row in rows.items()
     }
@@ -121,7 +101,7 @@ def write_report(directory: Path, results: Sequence[Result]) -> Path:
     return path
 
 
-def _row(results: Sequence[Result]) -> dict[str, Summary]:
+def _row(results: Sequence[Result]) -> dict[str, Estimate]:
     """Columns of a run's line in the table, each over its seeds."""
     evaluator, *others = results[0].scores
     columns = {group: [result.by_group()[group] for result in results] for group in results[0].by_group()}
@@ -133,27 +113,25 @@ def _row(results: Sequence[Result]) -> dict[str, Summary]:
     missing = [sum(not math.isfinite(value) for value in result.scores[evaluator]) for result in results]
     if any(missing):
         columns["images without score"] = missing
-    summaries = {column: Summary.of(values) for column, values in columns.items()}
+    summaries = {column: mean_over_seeds(values) for column, values in columns.items()}
     if not any(result.history for result in results):
         return summaries
     rates = [result.settings.get("learning_rate") for result in results]
     if None not in rates:
-        summaries["learning rate"] = Summary(rates[0], None)
+        summaries["learning rate"] = mean_over_seeds(rates[:1])
     trained = {
         "updates": [result.updates for result in results],
         "seconds": [result.seconds[-1] if result.history else math.nan for result in results],
         "gradient norm": [result.gradient_norm for result in results],
     }
-    return summaries | {column: Summary.of(values) for column, values in trained.items()}
+    return summaries | {column: mean_over_seeds(values) for column, values in trained.items()}
 
 
 def _significance(overall: dict[str, list[float]]) -> dict[str, float]:
     """Welch's test of each run against the first one, over seeds: two-sided p-values by name, corrected after Holm."""
-    from scipy import stats
-
     first, *others = [name for name in overall if name != BASE]
     values = {
-        name: float(stats.ttest_ind(overall[name], overall[first], equal_var=False).pvalue)
+        name: difference(mean_over_seeds(overall[name]), mean_over_seeds(overall[first])).p_value
         for name in others
         if len(overall[name]) > 1 and len({*overall[name], *overall[first]}) > 2
     }
@@ -164,15 +142,18 @@ def _significance(overall: dict[str, list[float]]) -> dict[str, float]:
     return corrected
 
 
-def _markdown(rows: dict[str, dict[str, Summary]], tests: dict[str, float], has_sheet: bool) -> str:
+def _markdown(rows: dict[str, dict[str, Estimate]], tests: dict[str, float], has_sheet: bool) -> str:
     columns = list(dict.fromkeys(column for row in rows.values() for column in row))
-    lines = ["| run | " + " | ".join(columns) + " | against the first |", "|---|" + "---:|" * len(columns) + "---|"]
+    lines = [
+        "| run | " + " | ".join(map(escape, columns)) + " | against the first |",
+        "|---|" + "---:|" * len(columns) + "---|",
+    ]
     for name, row in rows.items():
         verdict = ""
         if name in tests:
             verdict = f"{'different' if tests[name] < SIGNIFICANT else 'not significant'}, p = {tests[name]:.2g}"
         cells = [str(row.get(column, "")) for column in columns]
-        lines.append(f"| {name} | " + " | ".join(cells) + f" | {verdict} |")
+        lines.append(f"| {escape(name)} | " + " | ".join(cells) + f" | {verdict} |")
     pictures = ["![Curves](curves.png)"] + (["![Images by run and group](images.png)"] if has_sheet else [])
     note = (
         "Mean ± standard error over seeds. The last column is Welch's test of the mean over groups against the first "
@@ -202,9 +183,10 @@ def draw_curves(by_name: dict[str, list[Result]], path: Path) -> None:
         reward, norm = (_smooth_mean(results, key, length) for key in ("reward", "grad_norm"))
         start = reward[min(9, length - 1)]
         reward = [value - start for value in reward]
-        rewards.plot(steps, reward, label=name)
-        times.plot(seconds, reward, label=name)
-        norms.plot(steps, norm, label=name)
+        label = name.replace("$", r"\$")
+        rewards.plot(steps, reward, label=label)
+        times.plot(seconds, reward, label=label)
+        norms.plot(steps, norm, label=label)
     rewards.set(xlabel="update", ylabel="change of the reward in training")
     times.set(xlabel="seconds of training", ylabel="change of the reward in training")
     norms.set(xlabel="update", ylabel="gradient norm", yscale="log")
@@ -247,7 +229,7 @@ def draw_sheet(by_name: dict[str, list[Result]], directory: Path) -> bool:
             axes[line, column].imshow(read_preview(path))
             axes[line, column].set(xticks=[], yticks=[])
             if line == 0:
-                axes[line, column].set_title(groups[int(path.stem)], fontsize=8)
-        axes[line, 0].set_ylabel(name, fontsize=8)
+                axes[line, column].set_title(groups[int(path.stem)], fontsize=8, parse_math=False)
+        axes[line, 0].set_ylabel(name, fontsize=8, parse_math=False)
     figure.savefig(directory / "images.png", dpi=110)
     return True

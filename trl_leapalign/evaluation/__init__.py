@@ -4,12 +4,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .evaluators import EVALUATORS, Evaluator, named_evaluator
+    from .evaluators import EVALUATORS, Evaluator, named_evaluator, named_rewards
     from .geneval.colors import ColorClassifier
     from .geneval.evaluator import GenEval
     from .geneval.mask2former import Mask2FormerDetector
     from .geneval.metadata import GenEvalTask, parse_task, read_geneval
-    from .geneval.rules import Accuracy, Detection, GenEvalRules, GenEvalSummary, Verdict, summarize_geneval
+    from .geneval.rules import Detection, GenEvalRules, GenEvalSummary, Verdict, summarize_geneval
     from .paired import ComparedScore, PairedComparison, compare_evaluations
     from .run import Evaluation, evaluate
     from .statistics import Estimate
@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from .unified_reward import UnifiedReward
 
 _MODULES = {
-    "Accuracy": "geneval.rules",
     "ColorClassifier": "geneval.colors",
     "ComparedScore": "paired",
     "Detection": "geneval.rules",
@@ -37,6 +36,7 @@ _MODULES = {
     "compare_evaluations": "paired",
     "evaluate": "run",
     "named_evaluator": "evaluators",
+    "named_rewards": "evaluators",
     "parse_task": "geneval.metadata",
     "read_geneval": "geneval.metadata",
     "summarize_geneval": "geneval.rules",

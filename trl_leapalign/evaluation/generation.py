@@ -12,13 +12,14 @@ import torch
 from accelerate import PartialState
 from diffusers import DiffusionPipeline
 
-from ..adapters.loading import file_digest, load_adapter
+from ..adapters.loading import AdapterFiles, find_adapter, load_adapter
 from ..media import as_text, read_samples, save_sample
 from ..prompts.columns import COPIES, CallColumns
 from ..prompts.sources import split_row
 from ..ranges import Range
 from ..rollout.calls import sample_images
 from ..rollout.pipelines import check_call_arguments, load_pipeline, modules_of, quiet
+from .identity import identify_source
 
 PipelineSource: TypeAlias = DiffusionPipeline | str | Path | Callable[[], DiffusionPipeline]
 
@@ -51,6 +52,7 @@ class Generation:
         prompt_column (str): the column that holds the prompt.
         pipeline_columns (dict[str, str] | None): by argument of the call, the column that it comes from; None takes
             columns of images and texts that are called like an argument.
+        adapter_kwargs (dict[str, str]): "revision", "subfolder" and "weight_name" of the adapter.
 
     Raises:
         ValueError: if a setting is out of range, there are no prompts, or `call_kwargs` has what is set otherwise.
@@ -66,6 +68,7 @@ class Generation:
     call_kwargs: dict[str, Any] = field(default_factory=dict)
     prompt_column: str = "prompt"
     pipeline_columns: dict[str, str] | None = None
+    adapter_kwargs: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self):
         Range(1, whole=True).check("images_per_prompt", self.images_per_prompt)
@@ -74,6 +77,11 @@ class Generation:
         for name in self.call_kwargs.keys() & RESERVED:
             remedy = f"Set {RESERVED[name]} instead." if RESERVED[name] else "Leave it out."
             raise ValueError(f"call_kwargs has {name!r}, which the evaluation sets itself. {remedy}")
+        for name in ("num_inference_steps", "height", "width"):
+            if self.call_kwargs.get(name) is not None:
+                Range(1, whole=True).check(name, self.call_kwargs[name])
+        if self.call_kwargs.get("guidance_scale") is not None:
+            Range().check("guidance_scale", self.call_kwargs["guidance_scale"])
         if self.adapter is not None and isinstance(self.source, DiffusionPipeline):
             raise ValueError(
                 "adapter is for a pipeline given by name or as a function that returns it. Load it yourself: "
@@ -96,6 +104,11 @@ class Generation:
         return [number for number in range(len(self)) if not self.path(number).exists()]
 
     @cached_property
+    def adapter_files(self) -> AdapterFiles | None:
+        """The adapter's files; those of a repository on the Hub are downloaded when this is first asked for."""
+        return None if self.adapter is None else find_adapter(self.adapter, **self.adapter_kwargs)
+
+    @cached_property
     def made_with(self) -> dict[str, Any]:
         """What the images depend on and can be known before the pipeline is loaded."""
         split = [split_row(row, self.prompt_column) for row in self.rows]
@@ -103,8 +116,9 @@ class Generation:
         columns = {} if self.pipeline_columns is None else {"pipeline_columns": self.pipeline_columns}
         return {
             "pipeline": describe(self.source),
+            "pipeline_files": identify_source(self.source) if isinstance(self.source, (str, Path)) else None,
             "adapter": None if self.adapter is None else str(self.adapter),
-            "adapter_sha256": None if self.adapter is None else file_digest(Path(self.adapter)),
+            "adapter_sha256": None if self.adapter_files is None else self.adapter_files.digest(),
             "prompts_sha256": hashlib.sha256(text.encode()).hexdigest(),
             "num_prompts": len(self.rows),
             "images_per_prompt": self.images_per_prompt,
@@ -136,7 +150,7 @@ class Generation:
             )
         check_call_arguments(pipeline, self.call_kwargs)
         if self.adapter is not None:
-            load_adapter(pipeline, self.adapter)
+            load_adapter(pipeline, self.adapter_files)
         given = isinstance(self.source, DiffusionPipeline) or getattr(pipeline, "hf_device_map", None) is not None
         offloaded = any(getattr(module, "_hf_hook", None) is not None for module in modules_of(pipeline).values())
         return pipeline if given or offloaded else pipeline.to(process_device())
@@ -196,23 +210,3 @@ def describe(source: Any) -> str:
     if isinstance(source, DiffusionPipeline):
         return f"{type(source).__name__} {getattr(source.config, '_name_or_path', None) or ''}".strip()
     return f"{getattr(source, '__module__', '')}:{getattr(source, '__qualname__', type(source).__qualname__)}"
-
-
-@torch.no_grad()
-def weights_digest(pipeline: DiffusionPipeline) -> str:
-    """A short text that tells weights apart: it follows from the sum of each parameter's bytes.
-
-    Args:
-        pipeline (DiffusionPipeline): the pipeline with its adapters.
-
-    Returns:
-        str: hexadecimal.
-    """
-    digest = hashlib.sha256()
-    for component, module in sorted(modules_of(pipeline).items()):
-        for name, parameter in sorted(module.named_parameters()):
-            known = [component, name, list(parameter.shape), str(parameter.dtype)]
-            if parameter.device.type != "meta":
-                known.append(int(parameter.detach().reshape(-1).contiguous().view(torch.uint8).sum(dtype=torch.int64)))
-            digest.update(json.dumps(known).encode())
-    return digest.hexdigest()

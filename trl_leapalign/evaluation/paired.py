@@ -6,10 +6,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from ..markdown import escape
 from .run import SETTINGS, score_path
 from .settings import read_json, shorten
 from .statistics import Estimate
-from .tables import ALL, Columns, cell, finite, group_means, read_table
+from .tables import ALL, Columns, finite, group_means, read_table
 
 SHARED = ("prompts_sha256", "num_prompts", "images_per_prompt", "seed")
 """Settings in which runs must agree, so that image i of each has the same prompt and the same random numbers."""
@@ -66,11 +67,11 @@ class PairedComparison:
     def markdown(self) -> str:
         """Two tables: runs by evaluators; then each group, with the differences to the first run."""
         names = list(dict.fromkeys(score.evaluator for score in self.scores))
-        overall = [f"| run | {' | '.join(map(cell, names))} |", "|---|" + "---:|" * len(names)]
+        overall = [f"| run | {' | '.join(map(escape, names))} |", "|---|" + "---:|" * len(names)]
         for run in self.runs:
-            overall.append(f"| {cell(run)} | {' | '.join(str(self.find(name, run).estimate) for name in names)} |")
-        columns = [cell(self.runs[0])]
-        for run in map(cell, self.runs[1:]):
+            overall.append(f"| {escape(run)} | {' | '.join(str(self.find(name, run).estimate) for name in names)} |")
+        columns = [escape(self.runs[0])]
+        for run in map(escape, self.runs[1:]):
             columns += [run, f"{run} - {columns[0]}"]
         lines = ["| evaluator | group | " + " | ".join(columns) + " |", "|---|---|" + "---:|" * len(columns)]
         by_line: dict[tuple[str, str], list[str]] = {}
@@ -80,7 +81,7 @@ class PairedComparison:
             if score.difference is not None:
                 cells.append(f"{score.difference}, p = {score.p_value:.2g}")
         lines += [
-            f"| {cell(name)} | {cell(group)} | " + " | ".join(row) + " |" for (name, group), row in by_line.items()
+            f"| {escape(name)} | {escape(group)} | " + " | ".join(row) + " |" for (name, group), row in by_line.items()
         ]
         return "\n".join([*overall, "", *lines, "", NOTE]) + "\n"
 

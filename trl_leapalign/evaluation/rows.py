@@ -27,15 +27,32 @@ def load_rows(source: PromptSource, prompt_column: str = "prompt") -> Sequence[d
         ValueError: if a file cannot be read, there are no prompts, or one is missing or empty.
         OSError: if GenEval's prompts cannot be downloaded.
     """
+    rows = load_prompts(read_if_geneval(source, prompt_column), prompt_column)
+    decodes = isinstance(rows, datasets.Dataset) and any(isinstance(f, datasets.Image) for f in rows.features.values())
+    return rows if decodes else [dict(row) for row in rows]
+
+
+def read_if_geneval(source: Any, prompt_column: str = "prompt") -> Any:
+    """Read GenEval's prompts, whose mixed lists `datasets` cannot read, and pass on any other source.
+
+    Args:
+        source (Any): "geneval" for the published prompts, a file or URL of GenEval's metadata, or anything else.
+        prompt_column (str): the column that holds the prompt.
+
+    Returns:
+        Any: rows of GenEval's, or the source.
+
+    Raises:
+        ValueError: if a row of GenEval's is broken.
+        OSError: if GenEval's prompts cannot be downloaded.
+    """
     if isinstance(source, str) and source == "geneval":
         return read_geneval()
     if isinstance(source, str) and source.startswith(("http://", "https://")):
         return read_geneval(source)
     if isinstance(source, (str, Path)) and prompt_column == "prompt" and _is_geneval(Path(source)):
         return read_geneval(source)
-    rows = load_prompts(source, prompt_column)
-    decodes = isinstance(rows, datasets.Dataset) and any(isinstance(f, datasets.Image) for f in rows.features.values())
-    return rows if decodes else [dict(row) for row in rows]
+    return source
 
 
 def _is_geneval(path: Path) -> bool:

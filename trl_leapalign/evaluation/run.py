@@ -11,17 +11,17 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
-from diffusers import DiffusionPipeline
 from torch import nn
 
 from ..prompts.columns import read_columns
 from ..prompts.sources import PromptSource
 from ..rewards import RewardSet
 from .evaluators import Evaluator, EvaluatorSource, as_evaluators
-from .generation import Generation, PipelineSource, process_device, weights_digest
+from .generation import Generation, PipelineSource, process_device
+from .identity import identify_pipeline
 from .partial import PartialScores
 from .rows import load_rows
-from .settings import as_json, check_unchanged, read_json, write_json
+from .settings import as_json, check_same_pipeline, check_unchanged, read_json, write_json
 from .tables import (
     ALL,
     Columns,
@@ -39,6 +39,9 @@ logger = logging.getLogger(__name__)
 
 LIBRARIES = ("torch", "diffusers", "transformers", "peft", "trl-leapalign")
 SETTINGS = "settings.json"
+STATE = "pipeline_state"
+COMMIT = "adapter_commit"
+"""Where the settings keep what `identify_pipeline` found."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,7 @@ def evaluate(
     output_dir: str | Path,
     *,
     adapter: str | Path | None = None,
+    adapter_kwargs: dict[str, str] | None = None,
     images_per_prompt: int = 4,
     seed: int = 0,
     batch_size: int = 1,
@@ -85,6 +89,8 @@ def evaluate(
             contract, or `Evaluator`s, which are loaded one after another.
         output_dir (str | Path): where images, scores and tables go.
         adapter (str | Path | None): LoRA for a pipeline that is not given loaded: a folder, a file or a Hub id.
+        adapter_kwargs (dict[str, str] | None): "revision", "subfolder" and "weight_name" of the adapter. The commit
+            that a revision is at is kept with the results; results of other weights are not used again.
         images_per_prompt (int): images of each row.
         seed (int): of the noise.
         batch_size (int): images sampled, or judged, at a time.
@@ -109,7 +115,7 @@ def evaluate(
         raise ValueError(f"group_by={group_by!r} is no column of all prompts. The first has {sorted(rows[0])}.")
     directory = Path(output_dir)
     options = (adapter, images_per_prompt, seed, batch_size, call_kwargs or {}, prompt_column)
-    options += (read_columns(pipeline_columns),)
+    options += (read_columns(pipeline_columns), adapter_kwargs or {})
     generation = Generation(pipeline, rows, directory / "images", *options)
     groups = [ALL] * len(generation)
     if group_by is not None:
@@ -133,7 +139,7 @@ def _read_settings(directory: Path, generation: Generation, judges: Sequence[Eva
             f"{directory} has images, but no {SETTINGS} that says what made them. Choose another output_dir."
         )
     if before:
-        images = {key: value for key, value in before["images"].items() if key != "weights"}
+        images = {key: value for key, value in before["images"].items() if key not in (STATE, COMMIT)}
         check_unchanged(directory, images, as_json(generation.made_with), "delete that folder")
         now = _versions()
         changed = [name for name in now if now[name] != before["versions"].get(name)]
@@ -156,16 +162,17 @@ def _make_images(directory: Path, generation: Generation, before: dict[str, Any]
     state = PartialState()
     missing = generation.missing()
     state.wait_for_everyone()
-    if not missing and not isinstance(generation.source, DiffusionPipeline):
-        return
+    if not missing and isinstance(generation.source, (str, Path)):
+        return  # its files are among the settings, which were compared
     pipeline = generation.load()
-    weights = weights_digest(pipeline)
+    found = identify_pipeline(pipeline)
     if before:
-        known = {"weights of the pipeline": before["images"].get("weights")}
-        check_unchanged(directory, known, {"weights of the pipeline": weights}, "delete that folder")
+        check_same_pipeline(directory, before["images"].get(STATE, {}), found, "delete that folder")
     elif state.is_main_process:
         directory.mkdir(parents=True, exist_ok=True)
-        images = {**generation.made_with, "weights": weights}
+        files = generation.adapter_files
+        notes = {} if files is None or files.commit is None else {COMMIT: files.commit}
+        images = {**generation.made_with, STATE: found, **notes}
         write_json(directory / SETTINGS, {"images": images, "versions": _versions(), "evaluators": {}})
     state.wait_for_everyone()  # no image before the settings that it was made with
     logger.info(f"{len(missing)} of {len(generation)} images are sampled.")
@@ -177,11 +184,13 @@ def _make_images(directory: Path, generation: Generation, before: dict[str, Any]
 def _judge(directory: Path, generation: Generation, judge: Evaluator, groups: Sequence[str]) -> None:
     """Phase two: load one evaluator, score the images that it has not judged, write the scores and let go of it."""
     path, partial = score_path(directory, judge.name), PartialScores(_partial_path(directory, judge.name))
-    exists, before = path.exists(), partial.read()
+    exists, before = path.exists(), partial.read() if judge.reusable else []
     state = PartialState()
     state.wait_for_everyone()
-    if exists:
+    if exists and judge.reusable:
         return
+    if state.is_main_process and not judge.reusable:
+        partial.remove()
     if state.is_main_process:
         settings = read_json(directory / SETTINGS)
         settings["evaluators"][judge.name] = as_json(judge.made_with)

@@ -68,9 +68,12 @@ def scored_batches(
         batch = list(indices[begin : begin + batch_size])
         split = [split_row(rows[index % len(rows)], prompt_column) for index in batch]
         prompts, metadata = [prompt for prompt, _ in split], [others for _, others in split]
-        images = sample_images(pipeline, prompts, batch, call_kwargs, seed, columns=columns, metadata=metadata)
+        ends: list[Tensor] | None = [] if "latents" in rewards.inputs else None
+        images = sample_images(
+            pipeline, prompts, batch, call_kwargs, seed, columns=columns, metadata=metadata, ends=ends
+        )
         with torch.no_grad():
-            scores = rewards(images, prompts, metadata)
+            scores = rewards(images, prompts, metadata, ends[0] if ends else None)
         yield ScoredBatch(batch, images, prompts, metadata, scores)
 
 

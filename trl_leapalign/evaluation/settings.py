@@ -59,6 +59,19 @@ def check_unchanged(directory: Path, before: Mapping[str, Any], now: Mapping[str
         )
 
 
+def check_same_pipeline(directory: Path, before: Mapping[str, str], now: Mapping[str, str], remedy: str) -> None:
+    """Raise ValueError if a folder holds results of a pipeline with other weights, settings or adapters.
+
+    Args:
+        directory (Path): the folder, for the message.
+        before (Mapping[str, str]): what `identify_pipeline` found when its results were made.
+        now (Mapping[str, str]): what it finds now.
+        remedy (str): what to do beside choosing another output_dir, for the message.
+    """
+    named = [{f"the pipeline's {name}": text for name, text in each.items()} for each in (before, now)]
+    check_unchanged(directory, *named, remedy)
+
+
 def shorten(value: Any, length: int = 60) -> str:
     """A value's text, cut to what fits a message."""
     text = repr(value)

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -72,6 +72,49 @@ def clustered_mean(values: Sequence[float], clusters: Sequence[str]) -> Estimate
     if count > 1:
         error = math.sqrt(count / (count - 1) * math.fsum(value**2 for value in residuals.values())) / len(kept)
     return Estimate(mean, error, count - 1 if count > 1 else math.nan, len(kept), count)
+
+
+def mean_over_seeds(values: Sequence[float]) -> Estimate:
+    """Average the results of runs that differ in their seed alone.
+
+    Args:
+        values (Sequence[float]): one a run.
+
+    Returns:
+        Estimate: NaN if one of them is not finite.
+    """
+    if not all(map(math.isfinite, values)):
+        return UNKNOWN
+    return clustered_mean(values, [str(number) for number in range(len(values))])
+
+
+def share(count: float, total: int) -> Estimate:
+    """The share of independent cases in which something holds.
+
+    Args:
+        count (float): cases in which it holds.
+        total (int): all cases, at least 1.
+
+    Returns:
+        Estimate: with the standard error of the binomial distribution.
+    """
+    mean = count / total
+    return Estimate(mean, math.sqrt(mean * (1 - mean) / total), total - 1 if total > 1 else math.nan, total, total)
+
+
+def difference(first: Estimate, second: Estimate) -> Estimate:
+    """Subtract an estimate from another that does not depend on it; its `p_value` is Welch's.
+
+    Args:
+        first (Estimate): what is compared.
+        second (Estimate): what it is compared with.
+
+    Returns:
+        Estimate: of first - second.
+    """
+    negative = replace(second, mean=-second.mean)
+    half = mean_of([first, negative])
+    return replace(half, mean=2 * half.mean, standard_error=2 * half.standard_error)
 
 
 def mean_of(estimates: Sequence[Estimate]) -> Estimate:

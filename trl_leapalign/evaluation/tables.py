@@ -12,6 +12,7 @@ import pyarrow
 from pyarrow import parquet
 from torch import Tensor
 
+from ..markdown import escape
 from .geneval.metadata import TAGS
 from .geneval.rules import summarize_geneval
 from .statistics import UNKNOWN, Estimate, clustered_mean, mean_of
@@ -166,17 +167,12 @@ def write_summaries(directory: Path, summaries: Mapping[str, EvaluatorSummary]) 
         for group, estimate in {ALL: summary.overall, **summary.by_group}.items():
             unscored = str(summary.num_unscored) if group == ALL else ""
             counts = f"{estimate.num_images} | {estimate.num_prompts} | {unscored}"
-            lines.append(f"| {cell(name)} | {cell(group)} | {estimate} | {counts} |")
+            lines.append(f"| {escape(name)} | {escape(group)} | {estimate} | {counts} |")
     path = directory / "report.md"
     path.write_text("\n".join([*lines, "", NOTE]) + "\n", encoding="utf-8")
     report = {name: finite(asdict(summary)) for name, summary in summaries.items()}
     (directory / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     return path
-
-
-def cell(text: str) -> str:
-    """A text that does not break a line of a Markdown table."""
-    return " ".join(text.replace("|", "\\|").split())
 
 
 def finite(value: Any) -> Any:

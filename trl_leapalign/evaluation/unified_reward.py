@@ -36,11 +36,12 @@ Write as the last line: Final Score: <score>"""
 SCORES = ("final", "alignment", "coherence", "style")
 
 IMAGE_TOKEN = "<|image_pad|>"
-# The conversation format that Qwen's models are trained on.
+# The conversation that Qwen2-VL and Qwen2.5-VL are trained on, for tokenizers that come without it.
 _CHAT = (
     "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
     "<|im_start|>user\n<|vision_start|>{image}<|vision_end|>{question}<|im_end|>\n<|im_start|>assistant\n"
 )
+_CHAT_MODELS = ("qwen2_vl", "qwen2_5_vl")
 _MARKUP = re.compile(r"[*_`#$\[\]]")
 _TO = r"\s*(?:-|\u2013|to)\s*"
 # A number that is no part of a longer one or of a range; \u2013 is a dash.
@@ -64,10 +65,14 @@ class UnifiedReward(nn.Module):
         image_size (tuple[int, int] | None): height and width to squash images to first; Flow-GRPO and FlowBP use
             (512, 512). None leaves them as they are.
         max_new_tokens (int): how long an answer may get.
+        unparsed_score (float): score of an answer that has none. It is NaN in an evaluation, which counts such answers;
+            training, which a NaN stops, needs a number, such as 1.
 
     Raises:
         ValueError: if a setting is out of range or the model takes no images in Qwen's way.
     """
+
+    differentiable = False
 
     def __init__(
         self,
@@ -78,6 +83,7 @@ class UnifiedReward(nn.Module):
         score: str = "final",
         image_size: tuple[int, int] | None = None,
         max_new_tokens: int = 1024,
+        unparsed_score: float = math.nan,
     ):
         super().__init__()
         if not isinstance(prompt, str) or not prompt.strip():
@@ -92,6 +98,11 @@ class UnifiedReward(nn.Module):
                 f"{type(model).__name__} and its tokenizer do not mark images by {IMAGE_TOKEN}, as Qwen2-VL and "
                 "Qwen2.5-VL do. Use one of UnifiedReward's -qwen- models; those in LLaVA's format are not supported."
             )
+        if tokenizer.chat_template is None and model.config.model_type not in _CHAT_MODELS:
+            raise ValueError(
+                f"The tokenizer of this {model.config.model_type} model has no chat template, so its conversation is "
+                "not known. Load the tokenizer from the model's own folder, with its chat_template.jinja."
+            )
         self.model = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
         self.image_processor = image_processor
@@ -99,6 +110,7 @@ class UnifiedReward(nn.Module):
         self.score = score
         self.image_size = image_size
         self.max_new_tokens = max_new_tokens
+        self.unparsed_score = unparsed_score
         self.warned = False
 
     @classmethod
@@ -141,9 +153,10 @@ class UnifiedReward(nn.Module):
             metadata (list[dict]): length B, unused.
 
         Returns:
-            tuple[Tensor, dict[str, Any]]: scores from 1 to 5, shape (B,), float32, NaN where the answer has none; and
-                "answer", the texts; "unparsed", 1 for answers without the score and 0 for others, shape (B,); "final",
-                "alignment", "coherence" and "style", shape (B,), NaN where the answer does not have them.
+            tuple[Tensor, dict[str, Any]]: scores from 1 to 5, shape (B,), float32, `unparsed_score` where the answer
+                has none; and "answer", the texts; "unparsed", 1 for answers without the score and 0 for others, shape
+                (B,); "score_or_zero", in which answers without a score count 0, as some published evaluations do;
+                "final", "alignment", "coherence" and "style", shape (B,), NaN where the answer does not have them.
         """
         check_inputs(images, prompts, metadata, type(self).__name__)
         answers = [self.answer(image, prompt) for image, prompt in zip(to_pil(images), prompts, strict=True)]
@@ -152,7 +165,8 @@ class UnifiedReward(nn.Module):
         scores = values[self.score]
         unparsed = scores.isnan()
         self._warn(unparsed.tolist(), answers)
-        return scores, {"answer": answers, "unparsed": unparsed.float(), **values}
+        details = {"answer": answers, "unparsed": unparsed.float(), "score_or_zero": scores.nan_to_num(0.0), **values}
+        return scores.masked_fill(unparsed, self.unparsed_score), details
 
     @torch.no_grad()
     def answer(self, image: Image.Image, prompt: str) -> str:
@@ -186,19 +200,29 @@ class UnifiedReward(nn.Module):
         pixels = self.image_processor(images=[image], return_tensors="pt")
         merge = self.model.config.vision_config.spatial_merge_size
         image_tokens = IMAGE_TOKEN * (int(pixels["image_grid_thw"][0].prod()) // merge**2)
-        question = self.prompt.replace("{prompt}", prompt)
-        inputs = self.tokenizer(_CHAT.format(image=image_tokens, question=question), return_tensors="pt")
+        chat = self._chat(self.prompt.replace("{prompt}", prompt)).replace(IMAGE_TOKEN, image_tokens, 1)
+        inputs = self.tokenizer(chat, return_tensors="pt", add_special_tokens=False)
         inputs["mm_token_type_ids"] = (inputs["input_ids"] == self.model.config.image_token_id).int()
         inputs.update(pixels)
         return inputs
+
+    def _chat(self, question: str) -> str:
+        """The conversation with one place for the image, by the tokenizer's own template."""
+        question = question.replace(IMAGE_TOKEN, "")  # a prompt that names it would take the image's place
+        if self.tokenizer.chat_template is None:
+            return _CHAT.format(image=IMAGE_TOKEN, question=question)
+        content = [{"type": "image"}, {"type": "text", "text": question}]
+        message = [{"role": "user", "content": content}]
+        return self.tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
 
     def _warn(self, unparsed: list[bool], answers: list[str]) -> None:
         if any(unparsed) and not self.warned:
             self.warned = True
             logger.warning(
-                f"{sum(unparsed)} of {len(unparsed)} answers have no {self.score} score from 1 to 5, such as "
-                f"{answers[unparsed.index(True)][-200:]!r}. Their score is NaN, and the detail 'unparsed' counts them. "
-                "Check that the prompt is one this model knows, and that max_new_tokens is enough. This is said once."
+                f"{sum(unparsed)} of {len(unparsed)} answers have no {self.score} score, such as "
+                f"{answers[unparsed.index(True)][-200:]!r}. Their score is {self.unparsed_score}, and the detail "
+                "'unparsed' counts them. Check that the prompt is one this model knows, and that max_new_tokens is "
+                "enough. This is said once."
             )
 
 
@@ -210,10 +234,11 @@ def parse_score(answer: str, name: str = "final") -> float:
         name (str): "final", "alignment", "coherence" or "style".
 
     Returns:
-        float: the first number from 1 to 5 after "<name> Score:" or "<name> Score (1-5):"; NaN if there is none.
+        float: the first number after "<name> Score:" or "<name> Score (1-5):", also one above 5 ("10" is 10); NaN if
+            there is none.
     """
     pattern = rf"\b{name}\s*score\s*(?:\(\s*1{_TO}5\s*\))?\s*[:=]\s*{_NUMBER}"
-    for match in re.finditer(pattern, _MARKUP.sub("", answer), flags=re.IGNORECASE):
-        if 1 <= float(match[1]) <= 5:
-            return float(match[1])
+    match = re.search(pattern, _MARKUP.sub("", answer), flags=re.IGNORECASE)
+    if match is not None:
+        return float(match[1])
     return math.nan

@@ -6,6 +6,7 @@ latents (most pipelines have one) with a `Trajectory`. `trl_leapalign.rollout.ru
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
+from typing import ClassVar, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -108,11 +109,20 @@ class Trajectory(ABC):
         """Return weights and metrics; called after `enter(num_steps, ...)`."""
 
 
-class Method(ABC):
-    """A way of turning the gradient of a reward into a gradient of the denoiser."""
+PlanT = TypeVar("PlanT", bound=Plan)
+
+
+class Method(ABC, Generic[PlanT]):
+    """A way of turning the gradient of a reward into a gradient of the denoiser; `PlanT` is the plan that it draws.
+
+    `ends_sampling` says whether what is rewarded comes from the end of the whole sampling, one image a sample; rewards
+    without gradient need it.
+    """
+
+    ends_sampling: ClassVar[bool] = True
 
     @abstractmethod
-    def plan(self, schedule: Schedule, generator: torch.Generator | None) -> Plan:
+    def plan(self, schedule: Schedule, generator: torch.Generator | None) -> PlanT:
         """Draw the plan of a rollout.
 
         Args:
@@ -127,5 +137,5 @@ class Method(ABC):
         """
 
     @abstractmethod
-    def follow(self, plan: Plan, schedule: Schedule) -> Trajectory:
+    def follow(self, plan: PlanT, schedule: Schedule) -> Trajectory:
         """Start following one stream of latents."""

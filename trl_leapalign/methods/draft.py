@@ -1,6 +1,7 @@
 """DRaFT (https://huggingface.co/papers/2309.17400): back-propagation through the last steps of the solver itself."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from .flow import leap
 
 
 @dataclass(frozen=True)
-class DRaFT(Method):
+class DRaFT(Method[Plan]):
     """Differentiate the last K steps as they are: denoiser, its input and the solver's own step; w = 1.
 
     K = 1 is DRaFT-1, all steps are full back-propagation, whose memory grows with K. With `random_truncation` it is
@@ -28,7 +29,7 @@ class DRaFT(Method):
     num_last_steps: int | None = 1
     random_truncation: bool = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.num_last_steps is not None:
             Range(1, whole=True).check("DRaFT: num_last_steps", self.num_last_steps)
         check_bool("DRaFT: random_truncation", self.random_truncation)
@@ -42,7 +43,7 @@ class DRaFT(Method):
                 "sampling steps, or num_last_steps=None for all."
             )
         if self.random_truncation:
-            count = 1 + torch.randint(count, (), generator=generator).item()
+            count = 1 + int(torch.randint(count, (), generator=generator).item())
         return Plan(tuple(range(levels[-count], schedule.num_steps)), through_solver=True)
 
     def follow(self, plan: Plan, schedule: Schedule) -> Trajectory:
@@ -52,8 +53,7 @@ class DRaFT(Method):
 class SolverTrajectory(Trajectory):
     """Leaves the solver's graph as it is."""
 
-    def __init__(self):
-        self.end: Tensor | None = None
+    end: Tensor
 
     def enter(self, step: int, latents: Tensor) -> Tensor:
         self.end = latents
@@ -67,7 +67,7 @@ class SolverTrajectory(Trajectory):
 
 
 @dataclass(frozen=True)
-class DRaFTLV(Method):
+class DRaFTLV(Method[Plan]):
     """DRaFT-LV: the last step's gradient, averaged over new noise (Alg. 1 of the paper, n copies).
 
     The last step is differentiated as in DRaFT-1. Then n times new noise is put on the clean latents, at the last
@@ -85,9 +85,11 @@ class DRaFTLV(Method):
         ValueError: if a setting is out of its range.
     """
 
+    ends_sampling: ClassVar[bool] = False
+
     num_copies: int = 2
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         Range(1, whole=True).check("DRaFT-LV: num_copies", self.num_copies)
 
     def plan(self, schedule: Schedule, generator: torch.Generator | None) -> Plan:

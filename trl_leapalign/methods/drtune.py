@@ -1,6 +1,7 @@
 """DRTune (https://huggingface.co/papers/2405.00760): spread steps; the denoiser's input has no gradient."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from .refl import late_steps
 
 
 @dataclass(frozen=True)
-class DRTune(Method):
+class DRTune(Method[Plan]):
     """Train K evenly spread steps through the solver's residual path, and stop early:
 
         v_i = v_theta(sg(x_i), t_i) at training steps, sg(v_i) at all others
@@ -31,10 +32,12 @@ class DRTune(Method):
         ValueError: if a setting is out of its range.
     """
 
+    ends_sampling: ClassVar[bool] = False
+
     num_train_steps: int = 2
     num_late_steps: int | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         Range(1, whole=True).check("DRTune: num_train_steps", self.num_train_steps)
         if self.num_late_steps is not None:
             Range(1, whole=True).check("DRTune: num_late_steps", self.num_late_steps)
@@ -53,8 +56,8 @@ class DRTune(Method):
                 f"may be number {most} from the end, so some rollouts would train none. Set num_late_steps to at most "
                 f"{most}, or more num_train_steps."
             )
-        from_end = 1 + torch.randint(num_late, (), generator=generator).item()
-        first = 1 + torch.randint(len(levels) - most + 1, (), generator=generator).item()
+        from_end = 1 + int(torch.randint(num_late, (), generator=generator).item())
+        first = 1 + int(torch.randint(len(levels) - most + 1, (), generator=generator).item())
         trained = [first + index * spacing for index in range(count)]
         steps = sorted(levels[-number] for number in trained if number >= from_end)
         return Plan(tuple(steps), input_gradient_scale=0.0, stop=levels[-from_end], through_solver=True)
@@ -67,10 +70,9 @@ class StoppedTrajectory(SolverTrajectory):
     """Leaps from the stop to the end."""
 
     def __init__(self, plan: Plan, schedule: Schedule):
-        super().__init__()
         self.stop = plan.stop
         self.schedule = schedule
-        self.prediction: Tensor | None = None
+        self.prediction: Tensor  # of the latents at the end, once the stop was reached
 
     def enter(self, step: int, latents: Tensor) -> Tensor:
         self.end = latents if step < self.schedule.num_steps else self.prediction.to(latents.dtype)

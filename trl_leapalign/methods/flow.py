@@ -6,6 +6,7 @@ Times are noise times: `noise_time` of the interpolant (1 for rectified flow) is
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -94,12 +95,12 @@ def leap(
 
 class _Connect(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, value: Tensor, path: Tensor) -> Tensor:
+    def forward(ctx: Any, value: Tensor, path: Tensor) -> Tensor:
         ctx.dtype = path.dtype
         return value.clone()
 
     @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[None, Tensor]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor]:
         return None, gradient.to(ctx.dtype)
 
 
@@ -123,12 +124,12 @@ def connect(value: Tensor, path: Tensor) -> Tensor:
 
 class _ScaleGradient(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, tensor: Tensor, scale: float) -> Tensor:
+    def forward(ctx: Any, tensor: Tensor, scale: float) -> Tensor:
         ctx.scale = scale
         return tensor.clone()
 
     @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         return gradient * ctx.scale, None
 
 

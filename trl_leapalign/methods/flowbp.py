@@ -16,7 +16,7 @@ SECOND_SUPPORT_SCALE = 0.25
 
 
 @dataclass(frozen=True)
-class FlowBPSparse(Method):
+class FlowBPSparse(Method[SurrogatePlan]):
     """Euler's sum over all steps, with gradients at a few of them:
 
         x_hat_T = sg(x_0) + sum over i of h_i v_theta(sg(x_i), t_i),        h_i = t_{i+1} - t_i
@@ -37,7 +37,7 @@ class FlowBPSparse(Method):
     late_bias: float = 2.0
     gradient_rescale: float = 1.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         Range(1, whole=True).check("FlowBPSparse: num_active_steps", self.num_active_steps)
         Range(0).check("FlowBPSparse: late_bias", self.late_bias)
         Range(0).check("FlowBPSparse: gradient_rescale", self.gradient_rescale)
@@ -53,7 +53,7 @@ class FlowBPSparse(Method):
 
 
 @dataclass(frozen=True)
-class FlowBPBridge(Method):
+class FlowBPBridge(Method[SurrogatePlan]):
     """FlowBP-Sparse in two segments that meet at a step j, through whose denoiser input the later one is nested:
 
         x_hat_j = sg(x_0) + sum over i < j of h_i v_i           x_j carries its gradient
@@ -77,7 +77,7 @@ class FlowBPBridge(Method):
     gradient_rescale: float = 1.0
     gradient_discount: float = 0.1
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         Range(2, whole=True).check("FlowBPBridge: num_active_steps", self.num_active_steps)
         Range(0).check("FlowBPBridge: late_bias", self.late_bias)
         Range(0).check("FlowBPBridge: gradient_rescale", self.gradient_rescale)
@@ -106,7 +106,7 @@ class FlowBPBridge(Method):
 
 
 @dataclass(frozen=True)
-class FlowBPLagrange(Method):
+class FlowBPLagrange(Method[SurrogatePlan]):
     """LeapAlign whose two leaps are quadratures over several velocities:
 
         x_hat_j = sg(x_k) + sum over supports s in [k, j) of w_s v_s,    and so from j to the end
@@ -137,7 +137,7 @@ class FlowBPLagrange(Method):
     concentrations: tuple[float, float, float] = (2.5, 6.0, 2.0)
     num_late_steps: int | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         Range(0, 1).check("FlowBPLagrange: gradient_discount", self.gradient_discount)
         Range(0, excluded=True).check("FlowBPLagrange: similarity_floor", self.similarity_floor)
         Range(1, whole=True).check("FlowBPLagrange: order", self.order)

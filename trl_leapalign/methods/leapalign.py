@@ -18,7 +18,7 @@ SIMILARITIES = ("all", "joints", "end", "none")
 
 
 @dataclass(frozen=True)
-class LeapAlign(Method):
+class LeapAlign(Method[SurrogatePlan]):
     """Back-propagate the reward through leaps between steps of the sampling run.
 
     With the default of two leaps, steps k < j are drawn and only they run with gradients (Sec. 4, Alg. 1):
@@ -60,7 +60,7 @@ class LeapAlign(Method):
     nested_gradient_only: bool = False
     pairs_per_rollout: int = 1
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name, choices in (
             ("step_choice", STEP_CHOICES),
             ("reward_input", REWARD_INPUTS),
@@ -129,7 +129,7 @@ class LeapAlign(Method):
                 f"LeapAlign: no two of the {schedule.num_steps} sampling steps in step_range={self.step_range} are "
                 "half the range apart. Use more sampling steps or step_choice='random'."
             )
-        first = firsts[torch.randint(len(firsts), (), generator=generator).item()]
+        first = firsts[int(torch.randint(len(firsts), (), generator=generator).item())]
         later = [step for step in candidates if step > first]
         return first, min(later, key=lambda step: abs(times[step] - (times[first] - distance)))
 

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -15,7 +16,7 @@ LATE_SHARE = 0.44
 
 
 @dataclass(frozen=True)
-class ReFL(Method):
+class ReFL(Method[SurrogatePlan]):
     """Stop at a late step s, drawn uniformly, and reward where it leads in one leap:
 
         x_hat_T = leap(sg(x_s), v_s, t_s -> t_T),        w = 1
@@ -30,16 +31,18 @@ class ReFL(Method):
         ValueError: if a setting is out of its range.
     """
 
+    ends_sampling: ClassVar[bool] = False
+
     num_late_steps: int | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.num_late_steps is not None:
             Range(1, whole=True).check("ReFL: num_late_steps", self.num_late_steps)
 
     def plan(self, schedule: Schedule, generator: torch.Generator | None) -> SurrogatePlan:
         levels = schedule.levels
         late = levels[-late_steps("ReFL", self.num_late_steps, len(levels)) :]
-        stop = late[torch.randint(len(late), (), generator=generator).item()]
+        stop = late[int(torch.randint(len(late), (), generator=generator).item())]
         latents_weight, velocity_weight = leap_weights(schedule.times[stop], schedule.times[-1], schedule.interpolant)
         segment = Segment(stop, schedule.num_steps, (Support(stop, velocity_weight),), latents_weight)
         return SurrogatePlan((stop,), stop=stop, paths=((segment,),))

@@ -99,7 +99,8 @@ class SurrogateTrajectory(Trajectory):
         weights = torch.stack([self.weigh(path.distances) for path in self.paths])
         shares = (weights / weights.sum(0)).unbind(0)
         predictions = [path.prediction for path in self.paths]
-        return sum(share.view(-1, *[1] * (x.ndim - 1)) * x for share, x in zip(shares, predictions, strict=True))
+        weighted = [share.view(-1, *[1] * (x.ndim - 1)) * x for share, x in zip(shares, predictions, strict=True)]
+        return sum(weighted[1:], weighted[0])
 
     def leave(self, step: int, latents: Tensor, velocity: Tensor) -> None:
         for path in self.paths:
@@ -124,7 +125,7 @@ class _Path:
         self.joined = joined
         self.segment: Segment | None = None
         self.supports: dict[int, Support] = {}
-        self.prediction: Tensor | None = None  # of the latents at the segment's end, with the graph
+        self.prediction: Tensor  # of the latents at the segment's end, with the graph; set at the first segment's start
         self.distances: list[Tensor] = []  # (B,) each, joints first, the end last
 
     def lands_on(self, step: int) -> bool:

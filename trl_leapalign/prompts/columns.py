@@ -5,6 +5,7 @@ import inspect
 import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ OWN_ARGUMENTS = {
 }
 """Arguments of the pipeline's call that no column can be, and why."""
 
+PICTURE_THREADS = 4
 PICTURE, TEXT_LIST = r"Image\b", "list[str]"
 Rows = datasets.Dataset | Sequence[Mapping[str, Any]]
 
@@ -143,7 +145,7 @@ class CallColumns:
             rows (Rows): prompts with their other columns.
 
         Raises:
-            ValueError: if a column or a value is missing, or a file of an image is not there.
+            ValueError: if a column or a value is missing, or an image cannot be read: each is decoded once.
         """
         known = column_names(rows)
         for argument, column in self.columns.items():
@@ -154,8 +156,8 @@ class CallColumns:
                 )
             for index, value in _unread_values(rows, column):
                 _check_given(value, argument, column, f"row {index}")
-                if self._is_path(argument, value) and not Path(value).is_file():
-                    open_image(value)
+            if argument in self.pictures - self.texts:
+                _check_pictures(rows, column)
 
     def calls(self, metadata: Sequence[Mapping[str, Any]]) -> list[tuple[slice, dict[str, Any]]]:
         """Divide a batch into calls of the pipeline.
@@ -282,6 +284,25 @@ def _check_given(value: Any, argument: str, column: str, where: str) -> None:
             f"The column {column!r} goes into the pipeline's call as {argument}, but {where} has no value in it. Give "
             "each row one ('' for no text), or leave it out of pipeline_columns."
         )
+
+
+def _check_pictures(rows: Rows, column: str) -> None:
+    """Decode all images of a column, in threads and a few at a time: a broken one is found before training."""
+    if isinstance(rows, datasets.Dataset) and isinstance(rows.features[column], datasets.Image):
+        rows = rows.with_format(None).cast_column(column, datasets.Image(decode=False))
+
+    def check(index: int) -> None:
+        value = rows[index][column]
+        try:
+            for each in value if isinstance(value, (list, tuple)) else [value]:
+                if isinstance(each, (Image.Image, dict, str, Path)):
+                    open_image(each)
+        except ValueError as error:
+            raise ValueError(f"Row {index}, column {column!r}: {error}") from error
+
+    with ThreadPoolExecutor(PICTURE_THREADS) as threads:
+        for start in range(0, len(rows), 16 * PICTURE_THREADS):
+            list(threads.map(check, range(start, min(start + 16 * PICTURE_THREADS, len(rows)))))
 
 
 def _check_wanted(

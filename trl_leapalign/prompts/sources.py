@@ -1,6 +1,6 @@
 """Prompts from a list, a file, a Hub id, a Dataset or a function, and the endless stream that training reads."""
 
-import random
+import pickle
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -9,16 +9,13 @@ from typing import Any, TypeAlias
 import datasets
 import numpy as np
 import torch
-from datasets.exceptions import DatasetGenerationError
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, get_worker_info
 
-from .seeds import Purpose, derive_seed
+from .files import DATA_FILES, read_file
+from .seeds import Purpose, derive_seed, seeded
 
 PromptFunction: TypeAlias = Callable[[], tuple[str, dict[str, Any]]]
 PromptSource: TypeAlias = str | Path | Sequence[str] | Sequence[dict[str, Any]] | datasets.Dataset
-
-TEXT_FILES = (".txt", "")
-DATA_FILES = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
 def load_prompts(source: PromptSource, prompt_column: str = "prompt", split: str = "train") -> datasets.Dataset | list:
@@ -50,7 +47,19 @@ def load_prompts(source: PromptSource, prompt_column: str = "prompt", split: str
     for index, prompt in enumerate(prompts):
         if not isinstance(prompt, str) or not prompt.strip():
             raise ValueError(f"Prompt {index} is {prompt!r}; every row needs a text that is not empty.")
+        check_text(prompt, f"Prompt {index}")
     return rows
+
+
+def check_text(text: str, name: str) -> None:
+    """Raise ValueError if a text has half of a surrogate pair, which no tokenizer and no file takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{name} is no whole Unicode: {text!a:.200} has half of a surrogate pair at {error.start}. Mend the "
+            "text where it comes from, or drop the character: text.encode(errors='ignore').decode()."
+        ) from None
 
 
 def choose_prompts(
@@ -93,7 +102,8 @@ def _read(source: PromptSource, prompt_column: str, split: str) -> datasets.Data
     if isinstance(source, datasets.DatasetDict):
         raise TypeError(f"Got a DatasetDict with the splits {list(source)}; pass one of them.")
     if isinstance(source, datasets.Dataset):
-        return source
+        frames = source.format["type"] in ("pandas", "polars", "arrow")  # rows would be tables
+        return source.with_format(None) if frames else source
     if isinstance(source, Sequence):
         return [{prompt_column: row} if not isinstance(row, dict) else row for row in source]
     raise TypeError(
@@ -106,7 +116,7 @@ def _read_path(source: str, prompt_column: str, split: str) -> datasets.Dataset 
     path = Path(source)
     suffix = path.suffix.lower()
     if path.is_file():
-        return _read_file(path, suffix, prompt_column)
+        return read_file(path, prompt_column)
     if path.is_dir() and source:
         raise ValueError(f"{source!r} is a folder. Give a file in it, or a Dataset that datasets has loaded from it.")
     if suffix in (".txt", *DATA_FILES):
@@ -116,21 +126,6 @@ def _read_path(source: str, prompt_column: str, split: str) -> datasets.Dataset 
             f"{source!r} is neither a file nor the id of a dataset. A single prompt must be a list: [...]."
         )
     return datasets.load_dataset(source, split=split)
-
-
-def _read_file(path: Path, suffix: str, prompt_column: str) -> datasets.Dataset | list[dict[str, Any]]:
-    if suffix not in (*TEXT_FILES, *DATA_FILES):
-        raise ValueError(
-            f"The prompt file {str(path)!r} is of no known kind. Give text with one prompt a line as .txt, or "
-            f"{', '.join(DATA_FILES)}."
-        )
-    try:
-        if suffix in DATA_FILES:
-            return datasets.load_dataset(DATA_FILES[suffix], data_files=str(path), split="train")
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except (DatasetGenerationError, StopIteration, ValueError) as error:
-        raise ValueError(f"The prompt file {str(path)!r} is empty, broken or not in UTF-8: {error}") from error
-    return [{prompt_column: line.strip()} for line in lines if line.strip()]
 
 
 class PromptStream(Dataset):
@@ -144,6 +139,7 @@ class PromptStream(Dataset):
         seed (int): of the order, or of the function's random states.
         prompt_column (str): the column that holds the prompt; the other columns are the metadata.
         shuffle (bool): whether rows are shuffled.
+        group_size (int): consecutive samples that share one prompt.
     """
 
     def __init__(
@@ -153,24 +149,32 @@ class PromptStream(Dataset):
         seed: int,
         prompt_column: str = "prompt",
         shuffle: bool = True,
+        group_size: int = 1,
     ):
         self.source = source
         self.num_samples = num_samples
         self.seed = seed
         self.prompt_column = prompt_column
         self.shuffle = shuffle
+        self.group_size = group_size
+        self._drawn: tuple[int, tuple[str, dict[str, Any]]] | None = None  # of the last group
 
     def __len__(self) -> int:
         return self.num_samples
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        if callable(self.source):
-            prompt, metadata = call_prompt_function(self.source, derive_seed(self.seed, Purpose.PROMPTS, index))
-        else:
-            epoch, position = divmod(index, len(self.source))
-            row = _order(len(self.source), self.seed, epoch)[position] if self.shuffle else position
-            prompt, metadata = split_row(self.source[row], self.prompt_column)
+        prompt, metadata = self._draw(index // self.group_size)
         return {"prompt": prompt, "metadata": metadata, "index": index}
+
+    def _draw(self, group: int) -> tuple[str, dict[str, Any]]:
+        if callable(self.source):
+            if self.group_size == 1 or self._drawn is None or self._drawn[0] != group:
+                seed = derive_seed(self.seed, Purpose.PROMPTS, group)
+                self._drawn = group, call_prompt_function(self.source, seed)
+            return self._drawn[1]
+        epoch, position = divmod(group, len(self.source))
+        row = _order(len(self.source), self.seed, epoch)[position] if self.shuffle else position
+        return split_row(self.source[row], self.prompt_column)
 
 
 @lru_cache(maxsize=2)
@@ -185,11 +189,74 @@ def split_row(row: dict[str, Any], prompt_column: str) -> tuple[str, dict[str, A
 
 def collate(samples: list[dict[str, Any]]) -> dict[str, list]:
     """Gather samples of a `PromptStream` into lists: prompts, metadata and indices."""
-    return {
+    batch = {
         "prompts": [sample["prompt"] for sample in samples],
         "metadata": [sample["metadata"] for sample in samples],
         "indices": [sample["index"] for sample in samples],
     }
+    if get_worker_info() is not None:  # the queue to the training would drop what fails, which then waits for ever
+        check_picklable(batch["metadata"])
+    return batch
+
+
+def check_picklable(metadata: Sequence[dict[str, Any]]) -> None:
+    """Raise TypeError if dataloader workers could not send metadata to the training.
+
+    Args:
+        metadata (Sequence[dict]): rows.
+    """
+    for row in metadata:
+        for name, value in row.items():
+            if isinstance(value, (str, int, float, torch.Tensor)):
+                continue
+            try:
+                pickle.dumps(value)
+            except Exception as error:
+                raise TypeError(
+                    f"The metadata {name!r} is a {type(value).__name__} that dataloader workers cannot send to the "
+                    f"training ({error}). Set dataloader_num_workers=0, or give a name or number in its place that "
+                    "the reward looks up."
+                ) from error
+
+
+def check_stateless(function: PromptFunction, seed: int) -> None:
+    """Raise ValueError if a prompt function goes through prompts by itself, instead of drawing one.
+
+    A resumed training and dataloader workers call it from the start again, so they would see other prompts.
+
+    Args:
+        function (PromptFunction): called a few times under the same random states.
+        seed (int): of these.
+    """
+    first, *others = (call_prompt_function(function, seed) for _ in range(3))
+    for other in others:
+        if not _equal(first, other):
+            raise ValueError(
+                f"prompt_function returned {_short(first)} and then {_short(other)}, though random, numpy.random and "
+                "torch were seeded alike: it keeps a state of its own, which neither a resumed training nor dataloader "
+                "workers would have. Draw from one of the three, such as random.choice(prompts), or give a list as "
+                "train_dataset, which is gone through in a random order."
+            )
+
+
+def _equal(first: Any, second: Any) -> bool:
+    """Whether two answers say the same; objects that cannot be compared may be other ones."""
+    if type(first) is not type(second):
+        return False
+    if isinstance(first, torch.Tensor):
+        return first.shape == second.shape and bool((first == second).all())
+    if isinstance(first, np.ndarray):
+        return np.array_equal(first, second)
+    if isinstance(first, dict):
+        return first.keys() == second.keys() and all(_equal(first[key], second[key]) for key in first)
+    if isinstance(first, (list, tuple)):
+        return len(first) == len(second) and all(map(_equal, first, second))
+    return first == second if isinstance(first, (str, int, float, bool)) else True
+
+
+def _short(answer: tuple[str, dict[str, Any]]) -> str:
+    text = repr(answer)
+    return text if len(text) <= 120 else f"{text[:120]}..."
 
 
 def call_prompt_function(function: PromptFunction, seed: int) -> tuple[str, dict[str, Any]]:
@@ -206,26 +273,20 @@ def call_prompt_function(function: PromptFunction, seed: int) -> tuple[str, dict
         TypeError: if the function returns something else.
         RuntimeError: if it has no more prompts.
     """
-    python_state, numpy_state = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(devices=[]):
-        random.seed(seed)
-        np.random.seed(seed % 2**32)
-        torch.manual_seed(seed)
+    with seeded(seed):
         try:
             result = function()
         except StopIteration as error:
             raise RuntimeError(
-                "prompt_function ran out of prompts, but must return one whenever it is called. Draw at random, go "
-                "round with itertools.cycle, or give a list as train_dataset."
+                "prompt_function ran out of prompts, but must return one whenever it is called. Draw at random, such "
+                "as random.choice(prompts), or give a list as train_dataset."
             ) from error
-        finally:
-            random.setstate(python_state)
-            np.random.set_state(numpy_state)
     if not (isinstance(result, tuple) and len(result) == 2 and isinstance(result[0], str) and result[0].strip()):
         raise TypeError(
             f"prompt_function must return (prompt, metadata) with a prompt that is not empty, but returned {result!r}."
         )
     prompt, metadata = result
+    check_text(prompt, "The prompt of prompt_function")
     if not isinstance(metadata, dict):
         raise TypeError(f"prompt_function must return its metadata as a dict, but returned {metadata!r}.")
     return prompt, metadata

@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any
 
 from .aesthetic import AestheticScore
+from .callables import NamedReward, RewardFunction, check_callable
 from .clip import CLIPScore, PickScore
 from .hpsv2 import HPSv2
 from .hpsv3 import HPSv3
@@ -40,6 +41,27 @@ def load_reward(name: str, **settings: Any) -> RewardModel:
     """
     check_reward_name(name)
     return REWARDS[name](**settings)
+
+
+def load_named(reward: RewardFunction | NamedReward | str) -> RewardFunction:
+    """Load a reward that is given by its name or will be loaded later, and pass on any other.
+
+    Args:
+        reward (RewardFunction | NamedReward | str): the reward.
+
+    Returns:
+        RewardFunction: the reward function.
+
+    Raises:
+        TypeError: if what was loaded cannot be called with images, prompts and metadata.
+    """
+    if isinstance(reward, str):
+        return load_reward(reward)
+    if not isinstance(reward, NamedReward):
+        return reward
+    function = reward.load()
+    check_callable(function)
+    return function
 
 
 def check_reward_name(name: str) -> None:

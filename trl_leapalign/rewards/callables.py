@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from torch import Tensor, nn
@@ -13,8 +14,23 @@ RewardFunction: TypeAlias = Callable[[Tensor, list[str], list[dict[str, Any]]], 
 (B, F, 3, H, W), returns rewards (B,), or these and a dict of things to report."""
 
 
+@dataclass(frozen=True)
+class NamedReward:
+    """A reward function under a name, loaded when it is needed.
+
+    Args:
+        name (str): what it is called in logs.
+        load (Callable[[], RewardFunction]): returns it.
+    """
+
+    name: str
+    load: Callable[[], RewardFunction]
+
+
 def check_callable(function: Any) -> None:
-    """Raise TypeError unless something can be called as a reward function."""
+    """Raise TypeError unless something can be called as a reward function, or will be loaded as one."""
+    if isinstance(function, NamedReward):
+        return
     if isinstance(function, type):
         raise TypeError(f"The reward {function.__name__} is a class. Pass an instance of it: {function.__name__}(...).")
     if not callable(function):
@@ -31,10 +47,12 @@ def check_callable(function: Any) -> None:
         ) from error
 
 
-def name_of(function: RewardFunction | str) -> str:
+def name_of(function: RewardFunction | NamedReward | str) -> str:
     """Return what a reward function is called in logs."""
     if isinstance(function, str):
         return function
+    if isinstance(function, NamedReward):
+        return function.name
     return getattr(function, "__name__", type(function).__name__).replace("<lambda>", "lambda")
 
 
@@ -53,10 +71,12 @@ def check_rewards(rewards: Any, images: Tensor, name: str) -> None:
     if not isinstance(rewards, Tensor):
         raise TypeError(
             f"The reward {name!r} returned a {type(rewards).__name__}, through which no gradient flows. Return a "
-            "tensor of shape (B,) computed from the images with torch operations."
+            "tensor of shape (B,) computed from the images with torch operations, or pass BlackBox(reward)."
         )
     if not rewards.is_floating_point():
-        raise TypeError(f"The reward {name!r} returned {rewards.dtype}, which has no gradient. Return floats.")
+        raise TypeError(
+            f"The reward {name!r} returned {rewards.dtype}, which has no gradient. Return floats, or pass BlackBox(it)."
+        )
     if rewards.shape != (len(images),):
         raise ValueError(
             f"The reward {name!r} returned shape {tuple(rewards.shape)} for {len(images)} images. Return one reward an "
@@ -65,7 +85,8 @@ def check_rewards(rewards: Any, images: Tensor, name: str) -> None:
     if images.requires_grad and not rewards.requires_grad:
         raise ValueError(
             f"The reward {name!r} is detached from the images, so there is nothing to learn from. Compute it with "
-            "torch operations only: no .detach(), .numpy(), PIL images, torch.no_grad() or image processors."
+            "torch operations only: no .detach(), .numpy(), PIL images, torch.no_grad() or image processors. If it has "
+            "no gradient by nature, pass BlackBox(reward)."
         )
 
 

@@ -83,10 +83,16 @@ class HPSv2(CLIPReward):
 
         Raises:
             FileNotFoundError: if something is neither on disk nor to be had from the Hub.
-            ValueError: if the file is cut off or holds another model.
+            ValueError: if the file is cut off, holds another model, or has the name of the other version.
         """
         _check_version(version)
         path = find_file(path_or_id, FILES[version], revision)
+        named = re.search(r"hps_?v2(\.\d)?", path.name.lower())
+        if named and (named[1] or ".0") != version[1:]:
+            raise ValueError(
+                f"{path.name} is the file of HPSv2{named[1] or '.0'}, but version={version!r} is asked for. Pass "
+                f"{FILES[version]}, or load the reward as version='2{named[1] or '.0'}'."
+            )
         weights = read_weights(path)
         weights = from_open_clip(weights.get("state_dict", weights))
         model = load_model(CLIPModel, path, config=vit_h_14(), weights=weights)

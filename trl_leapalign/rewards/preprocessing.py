@@ -4,6 +4,7 @@ Everything takes (B, 3, H, W) in float32 or float64. Resizing is antialiased, wh
 """
 
 import math
+from collections.abc import Sequence
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -13,16 +14,18 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 MAX_ASPECT_RATIO = 200
 
 
-def normalize(images: Tensor) -> Tensor:
-    """Subtract CLIP's mean and divide by its standard deviation, which BLIP and Qwen2-VL use too.
+def normalize(images: Tensor, mean: Sequence[float] = CLIP_MEAN, std: Sequence[float] = CLIP_STD) -> Tensor:
+    """Subtract a mean and divide by a standard deviation; the default is CLIP's, which BLIP and Qwen2-VL use too.
 
     Args:
         images (Tensor): shape (B, 3, H, W) in [0, 1].
+        mean (Sequence[float]): of each channel.
+        std (Sequence[float]): of each channel.
 
     Returns:
         Tensor: the same shape.
     """
-    mean, std = (images.new_tensor(values).view(3, 1, 1) for values in (CLIP_MEAN, CLIP_STD))
+    mean, std = (images.new_tensor(values).view(3, 1, 1) for values in (mean, std))
     return (images - mean) / std
 
 
@@ -81,8 +84,8 @@ def resize_and_pad(images: Tensor, size: int) -> Tensor:
     return F.pad(images, (columns // 2, columns - columns // 2, rows // 2, rows - rows // 2))
 
 
-def smart_resize(height: int, width: int, factor: int, pixels: int) -> tuple[int, int]:
-    """Size of an image for Qwen2-VL: edges are multiples of `factor`, the area is near `pixels`, the shape is kept.
+def smart_resize(height: int, width: int, factor: int, pixels: int, max_pixels: int | None = None) -> tuple[int, int]:
+    """Size of an image for Qwen-VL: edges are multiples of `factor`, the area is in range, the shape is kept.
 
     The arithmetic is Qwen's down to its rounding errors: 768 x 768 becomes 420 x 420, not 448 x 448.
 
@@ -90,7 +93,8 @@ def smart_resize(height: int, width: int, factor: int, pixels: int) -> tuple[int
         height (int): of the image.
         width (int): of the image.
         factor (int): pixels of an image token's edge.
-        pixels (int): least and greatest area at once.
+        pixels (int): least area.
+        max_pixels (int | None): greatest area. None is the least one too.
 
     Returns:
         tuple[int, int]: height and width.
@@ -105,8 +109,9 @@ def smart_resize(height: int, width: int, factor: int, pixels: int) -> tuple[int
         )
     rounded = (round(height / factor) * factor, round(width / factor) * factor)
     area = rounded[0] * rounded[1]
-    if area > pixels:
-        shrink = math.sqrt((height * width) / pixels)
+    largest = pixels if max_pixels is None else max_pixels
+    if area > largest:
+        shrink = math.sqrt((height * width) / largest)
         return tuple(max(factor, math.floor(edge / shrink / factor) * factor) for edge in (height, width))
     if area < pixels:
         grow = math.sqrt(pixels / (height * width))

@@ -1,5 +1,6 @@
 """What all built-in reward models share: frozen weights, precision, micro-batches and cached prompts."""
 
+from collections import OrderedDict
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any, ClassVar
@@ -10,6 +11,9 @@ from torch.utils.checkpoint import checkpoint
 
 from ..ranges import Range, check_bool
 from .callables import check_inputs
+
+MOST_ENCODED_PROMPTS = 1024
+"""Of prompts beyond these, those that were not used for longest are encoded again."""
 
 
 class RewardModel(nn.Module):
@@ -39,7 +43,7 @@ class RewardModel(nn.Module):
         check_bool("activation_checkpointing", activation_checkpointing)
         self.batch_size = batch_size
         self.activation_checkpointing = activation_checkpointing
-        self._encoded_prompts: dict[str, Any] = {}
+        self._encoded_prompts: OrderedDict[str, Any] = OrderedDict()
 
     def forward(self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
         """Score images.
@@ -59,13 +63,7 @@ class RewardModel(nn.Module):
         check_inputs(images, prompts, None, type(self).__name__, self.reads_prompts)
         with torch.autocast(images.device.type, enabled=False):
             images = at_least_float32(images)
-            texts = [self._encoded(prompt) for prompt in prompts]
-            size = self.batch_size or len(images)
-            scores = [
-                self._score(images[start : start + size], texts[start : start + size])
-                for start in range(0, len(images), size)
-            ]
-        return at_least_float32(torch.cat(scores))
+            return self._score_all(images, [self._encoded(prompt) for prompt in prompts])
 
     def score(self, images: Tensor, texts: Sequence[Any]) -> Tensor:
         """Score images of one micro-batch.
@@ -80,7 +78,7 @@ class RewardModel(nn.Module):
         raise NotImplementedError
 
     def encode_prompt(self, prompt: str) -> Any:
-        """Compute what does not depend on the image; called once a prompt, without gradients.
+        """Compute what does not depend on the image, without gradients; the last 1,024 results are kept.
 
         Args:
             prompt (str): the prompt.
@@ -89,6 +87,13 @@ class RewardModel(nn.Module):
             Any: what `score` needs of it.
         """
         return None
+
+    def _score_all(self, images: Tensor, texts: Sequence[Any]) -> Tensor:
+        """Score all images, a micro-batch at a time."""
+        size = self.batch_size or len(images)
+        starts = range(0, len(images), size)
+        scores = [self._score(images[start : start + size], texts[start : start + size]) for start in starts]
+        return at_least_float32(torch.cat(scores))
 
     def _score(self, images: Tensor, texts: Sequence[Any]) -> Tensor:
         if self.activation_checkpointing and torch.is_grad_enabled():
@@ -99,7 +104,11 @@ class RewardModel(nn.Module):
         if prompt not in self._encoded_prompts:
             with torch.inference_mode(False), torch.no_grad():  # inference tensors could not be used in training
                 self._encoded_prompts[prompt] = self.encode_prompt(prompt)
-        return self._encoded_prompts[prompt]
+        self._encoded_prompts.move_to_end(prompt)
+        encoded = self._encoded_prompts[prompt]
+        while len(self._encoded_prompts) > MOST_ENCODED_PROMPTS:
+            self._encoded_prompts.popitem(last=False)
+        return encoded
 
     def _apply(self, *args: Any, **kwargs: Any) -> "RewardModel":
         """Forget the prompts when the weights go to another device or dtype."""

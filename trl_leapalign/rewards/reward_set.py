@@ -1,15 +1,17 @@
 """The one contract of rewards, and the checks that a reward function keeps it."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ..ranges import Range
-from .builtin import check_reward_name, load_reward
-from .callables import RewardFunction, check_callable, check_rewards, name_of
+from .black_box import BlackBox, read_numbers
+from .builtin import check_reward_name, load_named
+from .callables import NamedReward, RewardFunction, check_callable, check_rewards, name_of
 from .reward_model import RewardModel
 
 
@@ -34,9 +36,12 @@ class Scores:
 class RewardSet:
     """One or several reward functions with their weights and thresholds.
 
+    A reward whose attribute `differentiable` is False, such as `BlackBox`, has no gradient; one whose attribute
+    `inputs` is "latents" is called with the end latents in place of the images.
+
     Args:
         functions (RewardFunction | str | Sequence[RewardFunction | str]): the reward function or functions. A name is
-            one of `REWARDS`, which is loaded.
+            one of `REWARDS`, which is loaded, and so is a `NamedReward`.
         weights (Sequence[float] | None): c_m of each; None is 1 for each.
         thresholds (Sequence[float | None] | None): lambda_m of each, on its own scale; None in the list is none. None
             for the list is the recommended one of each built-in reward, and none for others.
@@ -57,7 +62,9 @@ class RewardSet:
         listed = check_reward_settings(functions, weights, thresholds)
         self.weights = [1.0] * len(listed) if weights is None else list(weights)
         self.names = _unique([name_of(function) for function in listed])
-        self.functions = [load_reward(item) if isinstance(item, str) else item for item in listed]
+        self.functions = [load_named(item) for item in listed]
+        self.differentiable = [getattr(function, "differentiable", True) for function in self.functions]
+        self.inputs = [_inputs(function) for function in self.functions]
         self.thresholds = list(map(_threshold, self.functions)) if thresholds is None else list(thresholds)
 
     def prepare(self, device: torch.device) -> None:
@@ -69,42 +76,74 @@ class RewardSet:
             device (torch.device): where the pipeline runs.
         """
         for function in self.functions:
+            function = function.function if isinstance(function, BlackBox) else function
             if isinstance(function, nn.Module):
                 kinds = {value.device.type for value in (*function.parameters(), *function.buffers())}
                 if kinds <= {"cpu"}:
                     function.to(device)
                 function.eval().requires_grad_(False)
 
-    def __call__(self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Scores:
+    @property
+    def black_boxes(self) -> list[str]:
+        """Names of the rewards without gradient."""
+        return [
+            name for name, differentiable in zip(self.names, self.differentiable, strict=True) if not differentiable
+        ]
+
+    @property
+    def asking_for_latents(self) -> list[str]:
+        """Names of the rewards that need the end latents: for their gradient, or as what they score."""
+        both = zip(self.names, self.differentiable, self.inputs, strict=True)
+        return [name for name, differentiable, kind in both if not differentiable or kind == "latents"]
+
+    @property
+    def decoding(self) -> str:
+        """What a rollout must decode: "differentiable" images, "plain" ones without gradients, or "none"."""
+        if "images" not in self.inputs:
+            return "none"
+        return "differentiable" if self.image_gradients else "plain"
+
+    @property
+    def image_gradients(self) -> bool:
+        """Whether a reward differentiates the images."""
+        return any(d and kind == "images" for d, kind in zip(self.differentiable, self.inputs, strict=True))
+
+    def __call__(
+        self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]], latents: Tensor | None = None
+    ) -> Scores:
         """Score a batch, in float32 at least and without autocast.
 
         Args:
             images (Tensor): shape (B, 3, H, W), or (B, F, 3, H, W) for video, in [0, 1].
             prompts (list[str]): length B.
             metadata (list[dict]): length B.
+            latents (Tensor | None): what the sampling ended with, shape (B, ...), for rewards that ask for it.
 
         Returns:
-            Scores: rewards with graph, and what to log.
+            Scores: rewards, with graph where they are differentiable, and what to log.
 
         Raises:
             TypeError: if a reward returns something that is not a floating tensor.
-            ValueError: if its shape is wrong, it has lost the graph, or the reward changes the images in place.
+            ValueError: if its shape is wrong, it has lost the graph, the reward changes the images in place, or it
+                asks for latents where there are none.
         """
-        precise = images.to(torch.promote_types(images.dtype, torch.float32))
+        given = {"images": images, "latents": latents}
+        precise = {
+            kind: value.to(torch.promote_types(value.dtype, torch.float32))
+            for kind, value in given.items()
+            if value is not None and kind in self.inputs
+        }
         with torch.autocast(images.device.type, enabled=False):
             return self._score(precise, prompts, metadata)
 
-    def _score(self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Scores:
+    def _score(self, given: dict[str, Tensor], prompts: list[str], metadata: list[dict[str, Any]]) -> Scores:
         rows, metrics, details = [], {}, {}
-        for name, function in zip(self.names, self.functions, strict=True):
-            result = _apply(function, name, images, prompts, metadata)
-            rewards, extra = result if isinstance(result, tuple) and len(result) == 2 else (result, {})
-            if not isinstance(extra, dict):
-                raise TypeError(
-                    f"The reward {name!r} returned a {type(extra).__name__} beside its rewards. Return the rewards "
-                    "alone, or (rewards, dict)."
-                )
-            check_rewards(rewards, images, name)
+        for index, (name, kind) in enumerate(zip(self.names, self.inputs, strict=True)):
+            if kind not in given:
+                raise ValueError(f"The reward {name!r} asks for latents, and there are none here, only images.")
+            images, function = given[kind], self.functions[index]
+            score = _measure if self.differentiable[index] else _ask
+            rewards, extra = score(function, name, images, prompts, metadata)
             rows.append(rewards.to(images.device, torch.promote_types(rewards.dtype, torch.float32)))
             if len(self.functions) > 1:
                 metrics[f"rewards/{name}"] = rows[-1].detach()
@@ -115,7 +154,9 @@ class RewardSet:
         return Scores(rewards, total, metrics, details)
 
 
-def check_reward_settings(functions: Any, weights: Any = None, thresholds: Any = None) -> list[RewardFunction | str]:
+def check_reward_settings(
+    functions: Any, weights: Any = None, thresholds: Any = None
+) -> list[RewardFunction | NamedReward | str]:
     """Check what a `RewardSet` is made of, before anything is loaded.
 
     Args:
@@ -124,7 +165,7 @@ def check_reward_settings(functions: Any, weights: Any = None, thresholds: Any =
         thresholds (Any): should be a list of numbers or None, one a reward, or None.
 
     Returns:
-        list[RewardFunction | str]: the reward functions and names.
+        list[RewardFunction | NamedReward | str]: the reward functions and names.
 
     Raises:
         TypeError: if something is of the wrong kind.
@@ -179,6 +220,38 @@ def _apply(
     return result
 
 
+def _measure(
+    function: RewardFunction, name: str, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]
+) -> tuple[Tensor, dict[str, Any]]:
+    """Rewards with graph, and what is reported beside them."""
+    result = _apply(function, name, images, prompts, metadata)
+    rewards, extra = result if isinstance(result, tuple) and len(result) == 2 else (result, {})
+    if not isinstance(extra, dict):
+        raise TypeError(
+            f"The reward {name!r} returned a {type(extra).__name__} beside its rewards. Return the rewards "
+            "alone, or (rewards, dict)."
+        )
+    check_rewards(rewards, images, name)
+    return rewards, extra
+
+
+@torch.no_grad()
+def _ask(
+    function: RewardFunction, name: str, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]
+) -> tuple[Tensor, dict[str, Any]]:
+    """Rewards without gradient, and what is reported beside them."""
+    images = images.detach()
+    return read_numbers(_apply(function, name, images, prompts, metadata), images, name)
+
+
+def _inputs(function: RewardFunction) -> str:
+    """What a reward is called with."""
+    kind = getattr(function, "inputs", "images")
+    if kind not in ("images", "latents"):
+        raise ValueError(f"The reward {name_of(function)!r} has inputs={kind!r}; choose 'images' or 'latents'.")
+    return kind
+
+
 def _version(images: Tensor) -> int:
     return 0 if images.is_inference() else images._version
 
@@ -202,12 +275,25 @@ def check_finite(scores: Scores, names: list[str], prompts: list[str]) -> None:
 
 
 def _detach(value: Any) -> Any:
-    return value.detach() if isinstance(value, Tensor) else value
+    """The same without graphs, all the way down: what is kept of a batch must not keep its activations."""
+    if isinstance(value, Tensor):
+        return value.detach()
+    if isinstance(value, dict):
+        return {key: _detach(each) for key, each in value.items()}
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*map(_detach, value))
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return type(value)(map(_detach, value))
+    if is_dataclass(value) and not isinstance(value, type):
+        return {each.name: _detach(getattr(value, each.name)) for each in fields(value)}
+    return value
 
 
 def _numbers(extra: dict[str, Any], images: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """The entries to log: numbers, and tensors of one value or one a sample."""
+    """The entries to log: numbers, and tensors or arrays of one value or one a sample."""
     for key, value in extra.items():
+        if isinstance(value, (np.ndarray, np.generic)) and value.dtype.kind in "biuf":
+            value = torch.from_numpy(np.array(value, dtype=np.float64))
         if isinstance(value, (int, float)):
             yield key, torch.tensor(float(value), device=images.device)
         elif isinstance(value, Tensor) and value.shape in ((), (1,), (len(images),)):

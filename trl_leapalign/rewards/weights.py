@@ -215,12 +215,13 @@ def load_tokenizer(
     return loaded
 
 
-def load_image_processor(source: str | Path, argument: str = "path_or_id") -> Any:
+def load_image_processor(source: str | Path, argument: str = "path_or_id", revision: str | None = None) -> Any:
     """Load an image processor that works on PIL images, which needs no torchvision.
 
     Args:
         source (str | Path): repository of the Hub or folder.
         argument (str): what the user knows the source as, for the message.
+        revision (str | None): branch, tag or commit of the repository.
 
     Returns:
         BaseImageProcessor: the image processor.
@@ -229,7 +230,7 @@ def load_image_processor(source: str | Path, argument: str = "path_or_id") -> An
         FileNotFoundError: if it is neither on disk nor to be had from the Hub.
         ValueError: if the folder holds none.
     """
-    return _load_part(AutoImageProcessor.from_pretrained, "image processor", source, None, argument, backend="pil")
+    return _load_part(AutoImageProcessor.from_pretrained, "image processor", source, revision, argument, backend="pil")
 
 
 def _load_part(

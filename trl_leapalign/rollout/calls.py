@@ -10,10 +10,34 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from ..media import by_sample, check_shapes
+from ..methods.base import Method, Outcome, Plan, Schedule, Trajectory
 from ..prompts.columns import CallColumns
-from ..prompts.seeds import Purpose, derive_seed, make_generator
+from ..prompts.seeds import Purpose, cuda_devices, derive_seed, make_generator, seeded_torch
+from .run import run_rollout
 
 NO_COLUMNS = CallColumns()
+
+
+class NoGradients(Method):
+    """Samples as the pipeline does, with no step active."""
+
+    def plan(self, schedule: Schedule, generator: torch.Generator | None) -> Plan:
+        return Plan(())
+
+    def follow(self, plan: Plan, schedule: Schedule) -> Trajectory:
+        return _Unchanged()
+
+
+class _Unchanged(Trajectory):
+    def enter(self, step: int, latents: Tensor) -> Tensor:
+        self.end = latents
+        return latents
+
+    def leave(self, step: int, latents: Tensor, velocity: Tensor) -> None:
+        pass
+
+    def outcome(self) -> Outcome:
+        return Outcome(weights=self.end.new_ones(len(self.end), dtype=torch.float32))
 
 
 @torch.no_grad()
@@ -27,6 +51,7 @@ def sample_images(
     columns: CallColumns = NO_COLUMNS,
     metadata: Sequence[Mapping[str, Any]] = (),
     purpose: Purpose = Purpose.EVALUATION,
+    ends: list[Tensor] | None = None,
 ) -> Tensor:
     """Sample an image for each prompt without gradients, with noise that is kept apart from that of training.
 
@@ -41,6 +66,7 @@ def sample_images(
         columns (CallColumns): the columns of `metadata` that go into the call.
         metadata (Sequence[Mapping[str, Any]]): the prompts' other columns, length B; unused without `columns`.
         purpose (Purpose): what the images are for; NOISE gives those of training.
+        ends (list[Tensor] | None): takes what the sampling ended with, shape (B, ...), as one more entry.
 
     Returns:
         Tensor: images in [0, 1], shape (B, 3, H, W), or video (B, F, 3, H, W).
@@ -49,11 +75,12 @@ def sample_images(
         ValueError: if images must be independent, but the solver draws noise of its own for a batch of several; if
             they differ in size or number, or a row lacks what goes into the call.
     """
-    images = []
+    images: list[Tensor] = []
+    latents: list[Tensor] = []
     for own, kwargs in batch_calls(call_kwargs, columns, prompts, metadata, seed, purpose, indices):
         with solver_noise(seed, purpose, own[0]):
             before = _random_states()
-            output = pipeline(output_type="pt", return_dict=False, **kwargs)[0]
+            output = _with_end(pipeline, kwargs, latents) if ends is not None else _plain(pipeline, kwargs)
             images.append(by_sample(output, len(own), type(pipeline).__name__))
             drawn = any(not torch.equal(*pair) for pair in zip(before, _random_states(), strict=True))
         if independent and drawn and len(own) > 1:
@@ -62,7 +89,25 @@ def sample_images(
                 f"{len(own)} images are sampled at a time. Set batch_size=1."
             )
     check_shapes([each[0] for each in images])
+    if ends is not None:
+        ends.append(torch.cat(latents))
     return torch.cat(images) if len(images) > 1 else images[0]
+
+
+def _plain(pipeline: DiffusionPipeline, kwargs: dict[str, Any]) -> Any:
+    return pipeline(output_type="pt", return_dict=False, **kwargs)[0]
+
+
+def _with_end(pipeline: DiffusionPipeline, kwargs: dict[str, Any], latents: list[Tensor]) -> Any:
+    """The same images, by a rollout without gradients, which sees what the sampling ends with."""
+    output = run_rollout(pipeline, NoGradients(), differentiate_output=False, **kwargs)
+    if len(output.latents) != 1:
+        raise ValueError(
+            f"{type(pipeline).__name__} samples {len(output.latents)} streams of latents, but a reward asks for one. "
+            "Use a reward of the images with this pipeline."
+        )
+    latents.append(output.latents[0].detach())
+    return output.images
 
 
 def batch_calls(
@@ -97,7 +142,7 @@ def batch_calls(
 
 def _random_states() -> list[Tensor]:
     """Of the generators that `solver_noise` seeds."""
-    return [torch.get_rng_state(), *([torch.cuda.get_rng_state()] if torch.cuda.is_available() else [])]
+    return [torch.get_rng_state(), *map(torch.cuda.get_rng_state, cuda_devices())]
 
 
 def _call_kwargs(
@@ -120,14 +165,12 @@ def _call_kwargs(
 
 @contextmanager
 def solver_noise(seed: int, purpose: Purpose, index: int) -> Iterator[None]:
-    """Seed torch's global random states, which some solvers draw from, and put them back.
+    """Seed torch's global random states of all devices, which some solvers draw from, and put them back.
 
     Args:
         seed (int): of the run.
         purpose (Purpose): what the batch is for.
         index (int): number of its first sample.
     """
-    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(derive_seed(seed, Purpose.SOLVER, purpose, index))
+    with seeded_torch(derive_seed(seed, Purpose.SOLVER, purpose, index)):
         yield

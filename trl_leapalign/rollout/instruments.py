@@ -50,12 +50,13 @@ def instrumented(pipeline: DiffusionPipeline, recorder: Recorder) -> Iterator[No
 
 def _record_gradients(instance: Any, stack: ExitStack) -> None:
     """Take the decorators off an instance's methods for a while."""
-    for name, stripped, static in _methods_without_gradient(type(instance)):
+    owner: Any = type(instance)
+    for name, stripped, static in _methods_without_gradient(owner):
         stack.enter_context(temporary_attribute(instance, name, stripped if static else MethodType(stripped, instance)))
 
 
 @functools.cache
-def _methods_without_gradient(owner: type) -> list[tuple[str, Callable, bool]]:
+def _methods_without_gradient(owner: Any) -> list[tuple[str, Callable, bool]]:
     """Name and bare function of methods that run under `no_grad`, and whether they are static; not the call itself."""
     found = []
     for name, method in inspect.getmembers(owner, inspect.isfunction):
@@ -65,7 +66,7 @@ def _methods_without_gradient(owner: type) -> list[tuple[str, Callable, bool]]:
     return found
 
 
-def without_no_grad(function: Callable) -> Callable:
+def without_no_grad(function: Any) -> Callable:
     """Take `torch.no_grad` and `torch.inference_mode` decorators off a function."""
     while getattr(function, "__code__", None) is not None and function.__code__.co_name == "decorate_context":
         function = function.__wrapped__

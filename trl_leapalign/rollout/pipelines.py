@@ -1,5 +1,6 @@
 """What a pipeline consists of, and whether it can be differentiated."""
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,6 +11,8 @@ from diffusers import DiffusionPipeline, SchedulerMixin
 from torch import nn
 
 from ..prompts.arguments import PASSED_ON, call_parameters
+
+HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 def load_pipeline(
@@ -31,12 +34,36 @@ def load_pipeline(
     """
     if isinstance(pipeline, (str, Path)):
         dtype = init_kwargs.get("torch_dtype", torch.float32 if device.type == "cpu" else torch.bfloat16)
-        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+        dtype = read_dtype(dtype)
+        if not Path(pipeline).exists() and not HUB_ID.fullmatch(str(pipeline)):
+            raise ValueError(f"There is no pipeline {str(pipeline)!r}: it is no folder and no id of a repository.")
         pipeline = DiffusionPipeline.from_pretrained(pipeline, **{**init_kwargs, "torch_dtype": dtype})
     elif init_kwargs:
         raise ValueError("model_init_kwargs has no effect on a pipeline that is loaded already. Leave it out.")
     check_pipeline(pipeline)
     return pipeline
+
+
+def read_dtype(value: Any) -> Any:
+    """Turn names of dtypes, as the command line and YAML give them, into dtypes.
+
+    Args:
+        value (Any): such as "bfloat16", or names by component: `{"transformer": "float32", "default": "bfloat16"}`.
+
+    Returns:
+        Any: dtypes in place of the names; what is none of these is returned as it is.
+
+    Raises:
+        ValueError: if a name is no dtype's.
+    """
+    if isinstance(value, dict):
+        return {name: read_dtype(each) for name, each in value.items()}
+    if not isinstance(value, str):
+        return value
+    dtype = getattr(torch, value.removeprefix("torch."), None)
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(f"torch_dtype={value!r} is no dtype of torch. Choose one such as 'bfloat16' or 'float32'.")
+    return dtype
 
 
 def check_pipeline(pipeline: DiffusionPipeline) -> None:
@@ -82,7 +109,7 @@ def check_pipeline(pipeline: DiffusionPipeline) -> None:
 
 
 def _is_offloaded(module: nn.Module) -> bool:
-    registries = [part._diffusers_hook for part in module.modules() if hasattr(part, "_diffusers_hook")]
+    registries: list[Any] = [part._diffusers_hook for part in module.modules() if hasattr(part, "_diffusers_hook")]
     return getattr(module, "_hf_hook", None) is not None or any("group_offloading" in r.hooks for r in registries)
 
 

@@ -62,7 +62,7 @@ def check_checkpointing(
 
 @contextmanager
 def _verified(modules: Iterable[nn.Module]) -> Iterator[None]:
-    diffusers_models = [module for module in modules if hasattr(module, "enable_gradient_checkpointing")]
+    diffusers_models: list[Any] = [module for module in modules if hasattr(module, "enable_gradient_checkpointing")]
     enabled = [module for module in diffusers_models if module.is_gradient_checkpointing]
     for module in enabled:
         module.enable_gradient_checkpointing(_checkpoint)

@@ -77,13 +77,21 @@ class Replacement:
 class Recorder:
     """Stands between a pipeline and its schedulers for the time of one rollout."""
 
-    def __init__(self, method: Method, generator: torch.Generator, noise: Any, first_index: int):
+    def __init__(
+        self,
+        method: Method,
+        generator: torch.Generator,
+        noise: Any,
+        first_index: int,
+        differentiate_output: bool = True,
+    ):
         self.method = method
         self.generator = generator
         self.noise = noise
         self.copy_generators: torch.Generator | list[torch.Generator] | None = None
         self.state = generator.get_state()
         self.first_index = first_index
+        self.differentiate_output = differentiate_output
         self.streams: dict[int, Stream] = {}  # the latest of each scheduler, by id
         self.finished: list[Stream] = []
         self.schedulers: dict[int, SchedulerMixin] = {}
@@ -100,21 +108,21 @@ class Recorder:
         own = {name: vars(scheduler)[name] for name in REPLACED if name in vars(scheduler)}
         self.replaced_by_user[id(scheduler)] = own
 
-        def take_step(self, *args, **kwargs):
+        def take_step(self: Any, *args: Any, **kwargs: Any) -> Any:
             return own["step"](*args, **kwargs) if "step" in own else original.step(self, *args, **kwargs)
 
-        def set_timesteps(self, *args, **kwargs):
+        def set_timesteps(self: Any, *args: Any, **kwargs: Any) -> None:
             call = own.get("set_timesteps") or MethodType(original.set_timesteps, self)
             call(*args, **kwargs)
             recorder.schedulers[id(self)] = self
             recorder.start(self, recorder.first_index)
 
-        def step(self, *args, **kwargs):
+        def step(self: Any, *args: Any, **kwargs: Any) -> Any:
             recorder.schedulers[id(self)] = self
             bound = inspect.signature(original.step).bind(self, *args, **kwargs)
             return recorder.step(self, take_step, bound)
 
-        def set_begin_index(self, begin_index=0):
+        def set_begin_index(self: Any, begin_index: int = 0) -> None:
             call = own.get("set_begin_index") or MethodType(original.set_begin_index, self)
             call(begin_index)
             recorder.start(self, begin_index)
@@ -197,7 +205,8 @@ class Recorder:
             stream.clean = latents
         if stream.clean is not None:
             latents = stream.with_noise(self._draw(stream.clean)) if stream.running else stream.clean
-        return stream.enter(latents)
+        entered = stream.enter(latents)
+        return entered if stream.running or self.differentiate_output else entered.detach().clone()
 
     def _draw(self, latents: Tensor) -> Tensor:
         """Noise like the latents, from copies of the generators of the call: it leaves them as a plain call does."""
@@ -207,7 +216,7 @@ class Recorder:
             self.copy_generators = copies if len(copies) > 1 else copies[0]
         return randn_tensor(latents.shape, self.copy_generators, latents.device, latents.dtype)
 
-    def decoder_of(self, decode: Callable) -> Callable:
+    def decoder_of(self, decode: Any) -> Callable:
         """Decode copies in calls of their own, so that the samples' images are those of a plain call bit for bit."""
 
         @functools.wraps(decode)
@@ -233,7 +242,7 @@ class Recorder:
         next_active = any(stream.is_active(stream.num_taken) for stream in streams)
         begun = self.finished or any(stream.num_taken for stream in streams)
         running = any(stream.running or (in_call and stream.num_taken == 0) for stream in streams)
-        enabled = bool(next_active or (begun and not running))
+        enabled = bool(next_active or (self.differentiate_output and begun and not running))
         if enabled != torch.is_grad_enabled():
             torch.set_grad_enabled(enabled)
             # A weight that autocast cast without gradient would be used again with gradient.
@@ -252,12 +261,14 @@ class Recorder:
                 )
         outcomes = [stream.trajectory.outcome() for stream in streams]
         for stream, outcome in zip(streams, outcomes, strict=True):
-            check_outcome(stream.trajectory, outcome, len(stream.latest))
+            check_outcome(stream.trajectory, outcome, len(stream.end))
         images = by_sample(images, len(outcomes[0].weights), name)
         if not isinstance(images, Tensor):
             raise ValueError(f"{name} returned {type(images).__name__} for tensors; it cannot be differentiated.")
         trained = any(p.requires_grad for module in modules_of(pipeline).values() for p in module.parameters())
-        if trained and not images.requires_grad:
+        ends = [images] if self.differentiate_output else [stream.end for stream in streams]
+        expected = trained and any(stream.plan.active_steps for stream in streams)
+        if expected and not any(end.requires_grad for end in ends):
             raise RuntimeError(
                 f"The output of {name} carries no gradient: something between its denoiser and its output detaches it, "
                 "or none of the parameters that require gradients take part in the sampling. An image-to-video "
@@ -270,7 +281,7 @@ class Recorder:
             metrics={
                 key: torch.stack([outcome.metrics[key] for outcome in outcomes]).mean(0) for key in outcomes[0].metrics
             },
-            latents=tuple(stream.latest for stream in streams),
+            latents=tuple(stream.end for stream in streams),
         )
 
 

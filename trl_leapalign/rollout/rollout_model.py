@@ -2,15 +2,17 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 
 from ..media import by_sample, check_shapes
 from ..methods import DRaFT, Method
+from ..methods.near import NearPairs
 from ..prompts.columns import CallColumns
 from ..prompts.seeds import Purpose, make_generator
 from .base_penalty import distances_to_base
@@ -36,6 +38,8 @@ class RolloutModel(nn.Module):
         draw_group_size (int): consecutive samples that share one choice of steps.
         base_penalty (bool): whether to measure the distance to the base model, whose adapters are off.
         columns (CallColumns): the columns of the metadata that go into the call.
+        decoding (str): "differentiable", or "plain" for images without graph, or "none" for latents in their place.
+        near (NearGroups | None): how the samples of a group stay close; None gives each sample noise of its own.
 
     Raises:
         ValueError: if a denoiser cannot be called a second time for `base_penalty`.
@@ -53,6 +57,8 @@ class RolloutModel(nn.Module):
         draw_group_size: int,
         base_penalty: bool = False,
         columns: CallColumns = NO_COLUMNS,
+        decoding: str = "differentiable",
+        near: "NearGroups | None" = None,
     ):
         super().__init__()
         if base_penalty:
@@ -65,6 +71,8 @@ class RolloutModel(nn.Module):
         self.draw_group_size = draw_group_size
         self.base_penalty = base_penalty
         self.columns = columns
+        self.decoding = decoding
+        self.near = near
         self.copies_saved_tensors = False
         self.eval()
 
@@ -88,14 +96,24 @@ class RolloutModel(nn.Module):
         Raises:
             ValueError: if samples differ in size or number, or a row lacks what goes into the call.
         """
-        return self.rollout(self.method, prompts, indices, metadata)
+        return self.rollout(self.method, prompts, indices, metadata, self.near)
 
     def rollout(
-        self, method: Method, prompts: list[str], indices: list[int], metadata: Sequence[Mapping[str, Any]] = ()
+        self,
+        method: Method,
+        prompts: list[str],
+        indices: list[int],
+        metadata: Sequence[Mapping[str, Any]] = (),
+        near: "NearGroups | None" = None,
     ) -> RolloutOutput:
-        """Run the pipeline with the graph of any method; the other arguments are those of `forward`."""
-        calls = batch_calls(self.call_kwargs, self.columns, prompts, metadata, self.seed, Purpose.NOISE, indices)
-        outputs = [self._call(method, own, kwargs) for own, kwargs in calls]
+        """Run the pipeline with the graph of any method; other arguments are those of `forward` and the class."""
+        noise = indices if near is None else [index - index % near.size for index in indices]
+        calls = batch_calls(self.call_kwargs, self.columns, prompts, metadata, self.seed, Purpose.NOISE, noise)
+        outputs, rest = [], list(indices)
+        for shared, kwargs in calls:
+            own, rest = rest[: len(shared)], rest[len(shared) :]
+            followed = method if near is None else near.around(method, self.seed, own)
+            outputs.append(self._call(followed, shared, kwargs))
         return outputs[0] if len(outputs) == 1 else _join(outputs)
 
     def _call(self, method: Method, indices: list[int], call_kwargs: dict[str, Any]) -> RolloutOutput:
@@ -109,6 +127,8 @@ class RolloutModel(nn.Module):
                 self.pipeline,
                 method,
                 method_generator=make_generator(self.seed, Purpose.STEPS, indices[0] // self.draw_group_size),
+                differentiate_output=self.decoding == "differentiable",
+                **({"output_type": "latent"} if self.decoding == "none" else {}),
                 **call_kwargs,
             )
         copies = max(len(output.weights) // len(indices), 1)
@@ -117,7 +137,7 @@ class RolloutModel(nn.Module):
 
     def sample(self, prompts: list[str], indices: list[int], metadata: Sequence[Mapping[str, Any]] = ()) -> Tensor:
         """Call the pipeline itself, for the images of `forward` with a method that rewards the sampler's own."""
-        given = {"columns": self.columns, "metadata": metadata, "purpose": Purpose.NOISE}
+        given: dict[str, Any] = {"columns": self.columns, "metadata": metadata, "purpose": Purpose.NOISE}
         with quiet(self.pipeline):
             return sample_images(self.pipeline, prompts, indices, self.call_kwargs, self.seed, **given)
 
@@ -151,6 +171,58 @@ class RolloutModel(nn.Module):
 
     def activation_checkpointing_enable(self, **kwargs: Any) -> None:
         """Called by Trainer; the trainer has enabled it already, with what diffusers calls it."""
+
+
+@dataclass(frozen=True)
+class NearGroups:
+    """How the samples of a group stay close: the noise of the first up to a step, new noise of their own there.
+
+    Args:
+        size (int): samples of a group.
+        step (int): s of `NearPairs`.
+        strength (float): rho of `NearPairs`.
+    """
+
+    size: int
+    step: int
+    strength: float
+
+    def around(self, method: Method, seed: int, indices: list[int]) -> NearPairs:
+        """Return a method whose samples part; the first of a group keeps its latents."""
+
+        def draw(latents: Tensor) -> list[Tensor | None]:
+            dtype = torch.promote_types(latents.dtype, torch.float32)
+            return [
+                randn_tensor(latents[:1].shape, make_generator(seed, Purpose.PARTING, index), latents.device, dtype)
+                if index % self.size
+                else None
+                for index in indices
+            ]
+
+        return NearPairs(method, self.step, self.strength, draw)
+
+
+def end_latents(output: RolloutOutput, pipeline: str, names: Sequence[str]) -> Tensor:
+    """Return what the sampling ended with, one a sample.
+
+    Args:
+        output (RolloutOutput): of a batch.
+        pipeline (str): its class, for the message.
+        names (Sequence[str]): of the rewards that need it, for the message.
+
+    Returns:
+        Tensor: with graph, shape (B, ...), as the pipeline packs it.
+
+    Raises:
+        ValueError: if there are several sampling loops, so that it is not one tensor.
+    """
+    if len(output.latents) != output.num_calls:
+        raise ValueError(
+            f"{pipeline} samples {len(output.latents) // output.num_calls} streams of latents, but the reward "
+            f"{names[0]!r} is to be learnt from one: it has no gradient, or asks for latents. Use a differentiable "
+            "reward of the images with this pipeline."
+        )
+    return output.latents[0] if output.num_calls == 1 else _in_order(list(output.latents))
 
 
 def for_copies(images: Tensor, prompts: list[str], metadata: list[dict]) -> tuple[list[str], list[dict]]:

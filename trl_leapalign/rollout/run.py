@@ -27,6 +27,7 @@ def run_rollout(
     method: Method,
     *,
     method_generator: torch.Generator | None = None,
+    differentiate_output: bool = True,
     **pipeline_kwargs: Any,
 ) -> RolloutOutput:
     """Call a pipeline so that its output carries the gradient that a method defines.
@@ -38,6 +39,8 @@ def run_rollout(
         pipeline (DiffusionPipeline): any pipeline with a flow-matching scheduler, on its device, not offloaded.
         method (Method): decides which steps run with gradients and how these reach the output.
         method_generator (torch.Generator | None): source of the method's choices; None draws fresh entropy.
+        differentiate_output (bool): whether the images carry the graph; else only `RolloutOutput.latents` does, and
+            decoding runs without gradients.
         **pipeline_kwargs: arguments of the pipeline's call, untouched; `output_type` is "pt" (default) or "latent".
 
     Returns:
@@ -69,7 +72,7 @@ def run_rollout(
     first_index = 0
     tried = {first_index}
     while True:
-        recorder = Recorder(method, method_generator, call_kwargs.get("generator"), first_index)
+        recorder = Recorder(method, method_generator, call_kwargs.get("generator"), first_index, differentiate_output)
         try:
             with instrumented(pipeline, recorder), torch.no_grad():
                 output = without_no_grad(type(pipeline).__call__)(pipeline, **call_kwargs)

@@ -50,6 +50,12 @@ class Stream:
         return self.schedule.num_steps if self.plan.stop is None else self.plan.stop + 1
 
     @property
+    def end(self) -> Tensor:
+        """What the loop ended with, with the graph that the method gave it."""
+        assert self.latest is not None, "a loop that took its steps has an end"
+        return self.latest
+
+    @property
     def running(self) -> bool:
         return 0 < self.num_taken < self.num_to_take
 
@@ -98,12 +104,15 @@ class Stream:
 
     def with_noise(self, noise: Tensor) -> Tensor:
         """The clean latents at the time of the last step."""
+        assert self.clean is not None, "noise is put on clean latents, which are there after the last step"
         time, interpolant = self.schedule.times[-2], self.schedule.interpolant
         return interpolant.alpha(time) * self.clean.detach() + interpolant.beta(time) * noise
 
 
 class Timesteps(Tensor):
     """Timesteps that a loop goes through as far as a stream needs, and beyond for its copies."""
+
+    stream: Callable[[], Stream]
 
     @staticmethod
     def of(timesteps: Tensor, stream: Callable[[], Stream]) -> "Timesteps":
@@ -121,7 +130,7 @@ class Timesteps(Tensor):
             yield timestep
 
     @classmethod
-    def __torch_function__(cls, function, types, args=(), kwargs=None):
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Parts of it, and copies on a device, are such timesteps too; all else that is computed is a plain tensor."""
         with torch._C.DisableTorchFunctionSubclass():
             result = function(*args, **(kwargs or {}))

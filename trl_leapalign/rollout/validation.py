@@ -116,5 +116,5 @@ def own_generator(generator: torch.Generator) -> torch.Generator:
     """
     if generator.device.type == "cpu":
         return generator
-    seed = torch.randint(2**63 - 1, (), generator=generator, device=generator.device).item()
+    seed = int(torch.randint(2**63 - 1, (), generator=generator, device=generator.device).item())
     return torch.Generator().manual_seed(seed)

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from ..adapters.lora import DENOISER_PREFIXES, trained_parameters
 from ..prompts.columns import takes_images
 from ..rewards import RewardSet, Scores, check_finite
+from ..rollout.pipelines import components_of
 from ..rollout.recorder import RolloutOutput
-from ..rollout.rollout_model import RolloutModel, for_copies
+from ..rollout.rollout_model import RolloutModel, end_latents, for_copies
 from .guards import no_gradients_added
 
 logger = logging.getLogger(__name__)
@@ -26,7 +27,7 @@ class DryRun:
         output (RolloutOutput): the rollout, with graph.
         scores (Scores): of its images.
         gradients (dict[str, dict[str, Tensor]]): of the rewards' sum, by component and by name of the parameter;
-            without those that it does not reach.
+            without those that it does not reach. The sum of the end latents stands for a reward without gradient.
         batch (dict[str, list]): "prompts", "metadata" and "indices" of its samples.
     """
 
@@ -68,12 +69,16 @@ def dry_run(
                 model.check_checkpointing(**batch)
             output = model(**batch)
         prompts, metadata = for_copies(output.images, batch["prompts"], batch["metadata"])
+        asking = rewards.asking_for_latents
+        latents = end_latents(output, type(model.pipeline).__name__, asking) if asking else None
         with no_gradients_added(model):
-            scores = rewards(output.images, prompts, metadata)
+            scores = rewards(output.images, prompts, metadata, latents)
         check_finite(scores, rewards.names, prompts)
         check_thresholds(scores.rewards, rewards.names, rewards.thresholds)
         denoisers = dict(model.denoisers.items())
-        gradients = check_gradients(output.images, scores.rewards, rewards.names, denoisers, may_underflow)
+        gradients = check_gradients(
+            output.images, scores.rewards, rewards.names, denoisers, may_underflow, latents, rewards.differentiable
+        )
         return DryRun(output, scores, gradients, batch)
 
     return model.with_backward(run)
@@ -89,6 +94,13 @@ def _missing_images_named(model: RolloutModel) -> Iterator[None]:
         missing = [name for name in takes_images(model.pipeline) if name not in given]
         if not any(clue in str(error) for clue in ("None", *missing)) or not missing or not _is_foreign(error):
             raise
+        optional = getattr(model.pipeline, "_optional_components", [])
+        absent = [name for name, part in components_of(model.pipeline).items() if part is None and name not in optional]
+        if absent and "None" in str(error):
+            raise ValueError(
+                f"{type(model.pipeline).__name__} failed with {type(error).__name__}: {error}. Its "
+                f"{', '.join(absent)} is None. Load the whole pipeline, or set what is missing."
+            ) from error
         raise ValueError(
             f"{type(model.pipeline).__name__} failed with {type(error).__name__}: {error}. It was called without "
             f"{', '.join(missing)}, which it takes images as. If it needs one, give the prompts a column called so, or "
@@ -101,11 +113,17 @@ def _is_foreign(error: Exception) -> bool:
     trace = error.__traceback__
     while trace.tb_next is not None:
         trace = trace.tb_next
-    return not trace.tb_frame.f_globals.get("__name__", "").startswith(__package__)
+    return not trace.tb_frame.f_globals.get("__name__", "").startswith(__package__.partition(".")[0])
 
 
 def check_gradients(
-    images: Tensor, rewards: Tensor, names: list[str], denoisers: dict[str, nn.Module], may_underflow: bool
+    images: Tensor,
+    rewards: Tensor,
+    names: list[str],
+    denoisers: dict[str, nn.Module],
+    may_underflow: bool,
+    latents: Tensor | None = None,
+    differentiable: Sequence[bool] = (),
 ) -> dict[str, dict[str, Tensor]]:
     """Differentiate the rewards of a rollout with respect to what is trained.
 
@@ -115,6 +133,9 @@ def check_gradients(
         names (list[str]): of the rewards, length M.
         denoisers (dict[str, nn.Module]): what is trained, by component name.
         may_underflow (bool): whether zeros may come from float16, which training scales the loss for.
+        latents (Tensor | None): what the sampling ended with, with graph, shape (B, ...), where a reward needs it.
+        differentiable (Sequence[bool]): which rewards have a gradient, length M; () is all. The sum of the latents
+            stands for one that has none.
 
     Returns:
         dict[str, dict[str, Tensor]]: by component and name of the parameter, the gradients that there are.
@@ -123,19 +144,24 @@ def check_gradients(
         ValueError: if a reward does not depend on the images, or its gradient is zero or not finite.
         RuntimeError: if no gradient reaches a component.
     """
-    slopes = []
-    for name, row in zip(names, rewards, strict=True):
-        [slope] = torch.autograd.grad(row.sum(), images, retain_graph=True, allow_unused=True)
-        if slope is None:
+    ends = [end for end in (images, latents) if end is not None and end.requires_grad]
+    slopes = [torch.zeros_like(end) for end in ends]
+    for name, row, has_gradient in zip(names, rewards, differentiable or [True] * len(names), strict=True):
+        if not has_gradient:
+            slopes[-1] = slopes[-1] + 1.0
+            continue
+        found = torch.autograd.grad(row.sum(), ends, retain_graph=True, allow_unused=True)
+        if all(slope is None for slope in found):
             raise ValueError(
                 f"The reward {name!r} does not depend on the images, so there is nothing to learn from. Compute it "
                 "from them with torch operations."
             )
-        slopes.append(slope)
-    slope = torch.stack(slopes).sum(0)
+        # The latents' slope through the images is that of the images.
+        used = next(index for index, slope in enumerate(found) if slope is not None)
+        slopes[used] = slopes[used] + found[used]
     trained = {name: trained_parameters(denoiser) for name, denoiser in denoisers.items()}
     parameters = [parameter for own in trained.values() for parameter in own.values()]
-    gradients = torch.autograd.grad(images, parameters, slope, allow_unused=True)
+    gradients = torch.autograd.grad(ends, parameters, slopes, allow_unused=True)
     found = {id(p): gradient for p, gradient in zip(parameters, gradients, strict=True) if gradient is not None}
     if not found:
         raise RuntimeError(
@@ -144,11 +170,11 @@ def check_gradients(
         )
     for name, own in trained.items():
         _check_reached(name, len(own), [key for key, parameter in own.items() if id(parameter) not in found])
-    if not all(gradient.isfinite().all() for gradient in (slope, *found.values())):
+    if not all(gradient.isfinite().all() for gradient in (*slopes, *found.values())):
         raise ValueError("The gradient of the reward is not finite on the untrained pipeline's images.")
     if not may_underflow and not any(gradient.any() for gradient in found.values()):
         where = "already at the images: is the reward constant or rounded"
-        if slope.any():
+        if any(slope.any() for slope in slopes):
             where = (
                 "at the trained parameters: are all pixels saturated, is the adapter's scale 0, or are there so few "
                 "frames that an image-to-video pipeline has only the one that it was given"

@@ -1,16 +1,19 @@
 """What stops a training that cannot work: wrong kinds, another optimizer, missing metrics, broken weights."""
 
 import inspect
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 
 from ..adapters.lora import trained_parameters
 from ..leapalign_config import LeapAlignConfig
+from .optimizers import has_modes
 
 
 class NothingLearnt(RuntimeError):
@@ -93,15 +96,21 @@ def no_gradients_added(model: nn.Module) -> Iterator[None]:
         raise failed
 
 
-def check_optimizer(optimizer: torch.optim.Optimizer | None, model: nn.Module) -> None:
-    """Raise ValueError if an optimizer that was passed misses a trained parameter.
+def check_optimizer(optimizer: torch.optim.Optimizer | None, model: nn.Module, ema_decay: float | None = None) -> None:
+    """Raise ValueError if an optimizer that was passed misses a trained parameter, or averages weights that are too.
 
     Args:
         optimizer (torch.optim.Optimizer | None): None is one that the trainer will make.
         model (nn.Module): its parameters that require gradients are trained.
+        ema_decay (float | None): of a moving average of the weights.
     """
     if optimizer is None:
         return
+    if ema_decay is not None and has_modes(optimizer):
+        raise ValueError(
+            f"{type(optimizer).__name__} has weights of its own for evaluation (its eval mode), so ema_decay="
+            f"{ema_decay} would average those of training, which are not meant to be used. Set ema_decay=None."
+        )
     known = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     missing = [name for name, parameter in trained_parameters(model).items() if id(parameter) not in known]
     if missing:
@@ -140,6 +149,71 @@ def check_evaluation(config: Any, reward_names: list[str], eval_dataset: Any) ->
             f"Evaluations do not report metric_for_best_model={config.metric_for_best_model!r}. Choose one of {known}, "
             "or rewards/NAME/KEY for what a reward returns beside its rewards."
         )
+
+
+def check_output_dir(config: LeapAlignConfig) -> None:
+    """Raise ValueError if checkpoints could not be written. Leaves nothing behind.
+
+    Args:
+        config (LeapAlignConfig): settings.
+    """
+    if not config.should_save:
+        return
+    folder = Path(config.output_dir).absolute()
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"output_dir={config.output_dir!r} cannot be written ({error.strerror}), so that every checkpoint would "
+            "fail. Choose a folder in which you may create files."
+        ) from error
+
+
+def check_best_model(config: LeapAlignConfig) -> None:
+    """Raise ValueError if the best model is to be loaded, but the training ends before the first evaluation.
+
+    Args:
+        config (LeapAlignConfig): settings, with the number of updates.
+    """
+    if not config.load_best_model_at_end or config.eval_on_start:
+        return
+    steps = config.eval_steps if config.eval_steps >= 1 else config.eval_steps * config.max_steps
+    if config.save_strategy != "no" and max(steps, config.eval_delay) > config.max_steps:
+        raise ValueError(
+            f"load_best_model_at_end=True compares evaluations, but none is made: eval_steps={config.eval_steps} and "
+            f"eval_delay={config.eval_delay} of max_steps={config.max_steps} updates. Evaluate earlier."
+        )
+
+
+def check_optimizer_settings(trainer: Trainer) -> None:
+    """Raise ValueError if the optimizer of the settings, or its learning rate schedule, cannot be made.
+
+    Args:
+        trainer (Trainer): it is left without either, as it was.
+    """
+    config = trainer.args
+    if (
+        trainer.optimizer is not None
+        or trainer.is_fsdp_enabled
+        or "lomo" in config.optim
+        or "layerwise" in config.optim
+    ):
+        return  # these two put hooks on the parameters
+    try:
+        trainer.create_optimizer_and_scheduler(config.max_steps)
+    except (ValueError, TypeError, KeyError, ImportError) as error:
+        names = ("optim", "optim_args", "lr_scheduler_type", "lr_scheduler_kwargs")
+        given = ((name, getattr(config, name)) for name in names)
+        settings = ", ".join(f"{name}={getattr(value, 'value', value)!r}" for name, value in given)
+        raise ValueError(
+            f"The optimizer and the learning rate schedule of {settings} cannot be made: {error}. Correct or leave out "
+            "the setting that this is about, or install what is missing."
+        ) from error
+    finally:
+        trainer.optimizer = trainer.lr_scheduler = None
 
 
 def check_weights(model: nn.Module) -> None:

@@ -2,7 +2,7 @@
 
 import logging
 import time
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,9 +13,6 @@ from ..rollout.base_penalty import adapters_off
 from ..rollout.calls import sample_images
 from ..rollout.pipelines import quiet
 from .trackers import live_tracker, log_image
-
-if TYPE_CHECKING:
-    from ..leapalign_trainer import LeapAlignTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +28,7 @@ class ImageGrid(TrainerCallback):
     row is there with `ema_decay` only. Of a video, the middle frame is shown.
 
     Args:
-        trainer (LeapAlignTrainer): gives the pipeline, its settings and the trackers.
+        trainer (Any): the LeapAlignTrainer, which gives the pipeline, its settings and the trackers.
         rows (list[dict]): the prompts with their other columns.
         every (int): updates from one picture to the next; the first shows the weights before training.
 
@@ -39,7 +36,7 @@ class ImageGrid(TrainerCallback):
         ValueError: if none of `report_to` takes pictures.
     """
 
-    def __init__(self, trainer: "LeapAlignTrainer", rows: list[dict[str, Any]], every: int):
+    def __init__(self, trainer: Any, rows: list[dict[str, Any]], every: int):
         if not set(trainer.args.report_to) & set(SHOWN_BY):
             raise ValueError(
                 f"image_grid_steps={every} reports pictures, but report_to={trainer.args.report_to} takes none. Choose "

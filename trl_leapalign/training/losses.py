@@ -8,7 +8,10 @@ from torch import Tensor
 
 
 def reward_loss(
-    rewards: Tensor, weights: Tensor, coefficients: Sequence[float], thresholds: Sequence[float | None]
+    rewards: Tensor,
+    weights: Tensor,
+    coefficients: Sequence[float | Tensor],
+    thresholds: Sequence[float | None],
 ) -> Tensor:
     """Weighted hinge loss over one or several rewards (LeapAlign, Sec. 4.3).
 
@@ -19,7 +22,7 @@ def reward_loss(
     Args:
         rewards (Tensor): one row a reward, shape (M, B), with graph.
         weights (Tensor): loss weight of each sample, shape (B,).
-        coefficients (Sequence[float]): weight c_m of each reward, length M.
+        coefficients (Sequence[float | Tensor]): weight c_m of each reward, length M, or for each sample, shape (B,).
         thresholds (Sequence[float | None]): lambda_m of each reward, on its own scale, length M.
 
     Returns:
@@ -32,18 +35,20 @@ def reward_loss(
     return (weights * torch.stack(terms).sum(0)).mean()
 
 
-def below_threshold(rewards: Tensor, thresholds: Sequence[float | None]) -> Tensor:
+def below_threshold(rewards: Tensor, thresholds: Sequence[float | None], teaching: Tensor | None = None) -> Tensor:
     """Which samples have a loss: those below the threshold of at least one reward, or with one that has none.
 
     Args:
         rewards (Tensor): shape (M, B).
         thresholds (Sequence[float | None]): lambda_m, length M.
+        teaching (Tensor | None): where a reward has something to say, shape (M, B), bool; None is everywhere.
 
     Returns:
         Tensor: shape (B,), bool.
     """
     limits = torch.tensor([math.inf if limit is None else limit for limit in thresholds], device=rewards.device)
-    return (rewards.detach() < limits[:, None]).any(0)
+    below = rewards.detach() < limits[:, None]
+    return (below if teaching is None else below & teaching).any(0)
 
 
 def limit_sample_gradients(

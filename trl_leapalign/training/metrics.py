@@ -1,6 +1,6 @@
 """Values of the updates since the last log, averaged over samples and processes."""
 
-from collections import defaultdict
+from collections import defaultdict, deque
 from statistics import fmean, median, pstdev
 
 import psutil
@@ -10,10 +10,14 @@ from torch import Tensor
 
 
 class MetricBuffer:
-    """Keeps values on their device until they are logged."""
+    """Keeps values on their device until they are logged.
 
-    def __init__(self):
-        self._values: dict[str, list[Tensor]] = defaultdict(list)
+    Args:
+        keep (int | None): how many of the last batches are kept; None is all since the last log.
+    """
+
+    def __init__(self, keep: int | None = None):
+        self._values: dict[str, deque[Tensor]] = defaultdict(lambda: deque(maxlen=keep))
 
     def __bool__(self) -> bool:
         return bool(self._values)
@@ -29,7 +33,7 @@ class MetricBuffer:
 
     def latest(self, name: str, num_batches: int) -> Tensor:
         """Return the values of the last batches, one after another, shape (num_batches * B,)."""
-        return torch.cat(self._values[name][-num_batches:])
+        return torch.cat(list(self._values[name])[-num_batches:])
 
     def num_batches(self, name: str) -> int:
         """Return how many batches have a value of this name."""
@@ -41,7 +45,7 @@ class MetricBuffer:
 
     def pop(self) -> dict[str, list[float]]:
         """Return all values of all processes and forget them; names may differ between processes."""
-        columns = {name: torch.cat(values).tolist() for name, values in self._values.items()}
+        columns = {name: torch.cat(list(values)).tolist() for name, values in self._values.items()}
         self._values.clear()
         return merge(gather_object([columns]))
 

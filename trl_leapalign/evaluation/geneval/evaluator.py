@@ -33,6 +33,8 @@ class GenEval(nn.Module):
         ```
     """
 
+    differentiable = False
+
     def __init__(
         self, detector: Mask2FormerDetector, color_classifier: ColorClassifier, rules: GenEvalRules | None = None
     ):

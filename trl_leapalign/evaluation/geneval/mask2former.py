@@ -17,6 +17,8 @@ from .rules import Detection
 
 MEAN = (123.675, 116.28, 103.53)
 STD = (58.395, 57.12, 57.375)
+PADDING = 128.0
+"""Level of the strip on the right and below, before normalising."""
 
 Size = tuple[int, int]
 
@@ -134,7 +136,7 @@ def plan_sizes(original: Size, max_size: Size = (1333, 800)) -> Sizes:
 
 
 def preprocess(images: Tensor, sizes: Sizes) -> Tensor:
-    """Prepare images as mmdet does: 8 bits, bilinear without antialiasing, 8 bits again, normalise, pad with zeros.
+    """Prepare images as mmdet 2.28.2 does: 8 bits, OpenCV's bilinear resizing, pad with the level 128, normalise.
 
     Args:
         images (Tensor): shape (B, 3, H, W) in [0, 1].
@@ -143,11 +145,46 @@ def preprocess(images: Tensor, sizes: Sizes) -> Tensor:
     Returns:
         Tensor: shape (B, 3, *sizes.padded), float32.
     """
-    levels = to_bytes(images).float()
-    levels = F.interpolate(levels, size=sizes.resized, mode="bilinear", align_corners=False).round()
-    mean, std = (levels.new_tensor(values).view(3, 1, 1) for values in (MEAN, STD))
+    levels = resize_bytes(to_bytes(images), sizes.resized).float()
     bottom, right = (padded - resized for padded, resized in zip(sizes.padded, sizes.resized, strict=True))
-    return F.pad((levels - mean) / std, (0, right, 0, bottom))
+    levels = F.pad(levels, (0, right, 0, bottom), value=PADDING)
+    mean, std = (levels.new_tensor(values).view(3, 1, 1) for values in (MEAN, STD))
+    return (levels - mean) / std
+
+
+def resize_bytes(levels: Tensor, size: Size) -> Tensor:
+    """Resize as `cv2.resize` does with INTER_LINEAR on 8-bit images: weights of 11 bits, and truncation between axes.
+
+    Args:
+        levels (Tensor): uint8, shape (..., H, W).
+        size (Size): height and width of the result.
+
+    Returns:
+        Tensor: uint8, shape (..., *size).
+    """
+    low, high, first, second = _taps(levels.shape[-1], size[1], True, levels.device)
+    rows = levels.to(torch.int32)
+    rows = (rows[..., low] * first + rows[..., high] * second) >> 4
+    low, high, first, second = (each.unsqueeze(-1) for each in _taps(levels.shape[-2], size[0], False, levels.device))
+    above, below = rows[..., low.squeeze(-1), :], rows[..., high.squeeze(-1), :]
+    return ((((above * first) >> 16) + ((below * second) >> 16) + 2) >> 2).to(torch.uint8)
+
+
+def _taps(length: int, size: int, across: bool, device: torch.device) -> tuple[Tensor, ...]:
+    """The two pixels that each result lies between, and their weights in 2048ths, as OpenCV rounds them.
+
+    Beyond the edge both are the last pixel: across, it has the whole weight; down, the two weights stay as they are.
+    """
+    places = (torch.arange(size, dtype=torch.float64) + 0.5) * (length / size) - 0.5
+    places = places.float()  # OpenCV's places are of single precision
+    low = places.floor()
+    share = places - low
+    if across:
+        share = share.masked_fill((low < 0) | (low >= length - 1), 0.0)
+    low = low.long()
+    weights = [(weight * 2048).round().to(torch.int32) for weight in (1 - share, share)]
+    taps = (low.clamp(0, length - 1), (low + 1).clamp(0, length - 1), *weights)
+    return tuple(each.to(device) for each in taps)
 
 
 def postprocess(

@@ -10,6 +10,7 @@ from typing import TypeAlias
 
 from torch import Tensor
 
+from ..statistics import UNKNOWN, Estimate, mean_of, share
 from .metadata import TAGS, Clause, GenEvalTask
 
 Box: TypeAlias = tuple[float, float, float, float]
@@ -189,35 +190,23 @@ def box_iou(a: Box, b: Box) -> float:
 
 
 @dataclass(frozen=True)
-class Accuracy:
-    """Share of images that are right.
-
-    Args:
-        mean (float): in [0, 1].
-        standard_error (float): of the mean, with images taken as independent; for repeats on the same prompts the
-            true one is smaller or equal.
-        num_images (int): how many images there are.
-    """
-
-    mean: float
-    standard_error: float
-    num_images: int
-
-
-@dataclass(frozen=True)
 class GenEvalSummary:
     """GenEval's score and what it consists of.
 
     Args:
-        score (float): mean over the six tags of the share of right images; NaN if a tag has no image, since a mean
+        overall (Estimate): mean over the six tags of the share of right images; NaN if a tag has no image, since a mean
             over fewer tags is another number.
-        standard_error (float): of the score.
-        by_tag (dict[str, Accuracy]): for each tag that has images, in the order of `TAGS`.
+        by_tag (dict[str, Estimate]): the share of right images of each tag that has images, in the order of `TAGS`. The
+            standard error takes images as independent; for repeats on one prompt the true one is smaller or equal.
     """
 
-    score: float
-    standard_error: float
-    by_tag: dict[str, Accuracy]
+    overall: Estimate
+    by_tag: dict[str, Estimate]
+
+    @property
+    def score(self) -> float:
+        """GenEval's score, in [0, 1]."""
+        return self.overall.mean
 
 
 def summarize_geneval(correct: Sequence[float] | Tensor, tags: Sequence[str]) -> GenEvalSummary:
@@ -244,10 +233,6 @@ def summarize_geneval(correct: Sequence[float] | Tensor, tags: Sequence[str]) ->
     for name in TAGS:
         chosen = [value for value, tag in zip(values, tags, strict=True) if tag == name]
         if chosen:
-            mean = sum(chosen) / len(chosen)
-            by_tag[name] = Accuracy(mean, math.sqrt(mean * (1 - mean) / len(chosen)), len(chosen))
-    if len(by_tag) < len(TAGS):
-        return GenEvalSummary(math.nan, math.nan, by_tag)
-    score = sum(accuracy.mean for accuracy in by_tag.values()) / len(TAGS)
-    error = math.sqrt(sum(accuracy.standard_error**2 for accuracy in by_tag.values())) / len(TAGS)
-    return GenEvalSummary(score, error, by_tag)
+            by_tag[name] = share(sum(chosen), len(chosen))
+    overall = mean_of(list(by_tag.values())) if len(by_tag) == len(TAGS) else UNKNOWN
+    return GenEvalSummary(overall, by_tag)
