@@ -27,11 +27,15 @@ ALLOWED = {
     "rewards": {"media", "ranges"},
     "rollout": {"media", "ranges", "prompts", "methods"},
     "adapters": {"rollout"},
-    "leapalign_config": {"ranges", "prompts", "methods"},
-    "training": {"media", "ranges", "prompts", "methods", "rewards", "rollout", "adapters", "leapalign_config"},
+    "leapalign_config": {"ranges", "process_state", "prompts", "methods"},
+    "training": {
+        *("media", "ranges", "process_state", "prompts", "methods", "rewards", "rollout", "adapters"),
+        "leapalign_config",
+    },
     "evaluation": {"media", "ranges", "prompts", "rewards", "rollout", "adapters"},
     "leapalign_trainer": {
-        *("media", "prompts", "rewards", "rollout", "adapters", "training", "evaluation", "leapalign_config")
+        *("media", "process_state", "prompts", "rewards", "rollout", "adapters", "training", "evaluation"),
+        "leapalign_config",
     },
     "comparison": {
         *("media", "ranges", "prompts", "rewards", "rollout", "training", "evaluation", "leapalign_config"),

@@ -204,6 +204,8 @@ def main(count: int, seed: int) -> list[int]:
         except Exception:
             failed.append(number)
             say(f"FAILED: seed {number}: {setting}\n{traceback.format_exc()}")
+        if (number - seed) % 50 == 49:
+            say(f"{number - seed + 1} of {count} done, {len(failed)} failed")
     say(f"{count} settings from seed {seed}: {len(failed)} failed {failed}, {sum(refused.values())} refused:")
     for message, times in refused.most_common():
         say(f"  {times} x {message}...")

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import random_settings
 import torch
+from diffusers import FlowMapEulerDiscreteScheduler
 from rollout_cases import Case, seeded
 
 from examples.tiny import tiny_flux
@@ -172,3 +173,10 @@ def test_choices_from_a_generator_on_the_gpu():
 
 def test_ten_random_settings():
     assert random_settings.main(count=10, seed=1000) == []
+
+
+def test_average_velocities_are_refused_for_what_they_are():
+    pipeline = tiny_flux()
+    pipeline.scheduler = FlowMapEulerDiscreteScheduler()
+    with pytest.raises(ValueError, match="average velocity"):
+        run_rollout(pipeline, LeapAlign(), prompt="a cat", height=16, width=16, num_inference_steps=3)

@@ -83,6 +83,12 @@ def check_pipeline(pipeline: DiffusionPipeline) -> None:
             "DiffusionPipeline.from_pretrained(...)."
         )
     name = type(pipeline).__name__
+    if any("FlowMap" in type(scheduler).__name__ for scheduler in schedulers_of(pipeline)):
+        raise ValueError(
+            f"{name} samples by a flow map: its model predicts the average velocity from one time to another, which "
+            "the call chooses, and has none at a time alone, which the methods here need. Train the flow-matching "
+            "model that it was distilled from."
+        )
     if not any(map(is_flow_matching, schedulers_of(pipeline))):
         found = ", ".join(type(scheduler).__name__ for scheduler in schedulers_of(pipeline)) or "no scheduler"
         raise ValueError(

@@ -271,7 +271,8 @@ class Recorder:
         if expected and not any(end.requires_grad for end in ends):
             raise RuntimeError(
                 f"The output of {name} carries no gradient: something between its denoiser and its output detaches it, "
-                "or none of the parameters that require gradients take part in the sampling."
+                "or none of the parameters that require gradients take part in the sampling. An image-to-video "
+                "pipeline keeps its first frame: sample so many that there are more latent frames than that one."
             )
         return RolloutOutput(
             images=images,

@@ -91,8 +91,9 @@ def run_rollout(
                 raise
             raise RuntimeError(
                 f"{type(pipeline).__name__} turns its output into a numpy array (for a safety checker or a watermark), "
-                "where the gradient ends. Leave that part out, or sample with output_type='latent' and decode the "
-                "latents in the reward."
+                "where the gradient ends. Leave that part out if the pipeline runs without it. Where it does not, "
+                "run_rollout(..., output_type='latent') works in a loop of your own, which decodes the latents itself; "
+                "the trainer takes the pipeline's images."
             ) from error
     return recorder.collect(output[0], pipeline)
 

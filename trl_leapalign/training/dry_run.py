@@ -175,7 +175,10 @@ def check_gradients(
     if not may_underflow and not any(gradient.any() for gradient in found.values()):
         where = "already at the images: is the reward constant or rounded"
         if any(slope.any() for slope in slopes):
-            where = "at the trained parameters: are all pixels saturated, or is the adapter's scale 0"
+            where = (
+                "at the trained parameters: are all pixels saturated, is the adapter's scale 0, or are there so few "
+                "frames that an image-to-video pipeline has only the one that it was given"
+            )
         raise ValueError(
             f"The gradient of the reward is exactly zero, {where}? Nothing would be learnt. If that is so for the "
             "first prompts alone, set dry_run=False."

@@ -28,7 +28,7 @@ class ImageGrid(TrainerCallback):
     row is there with `ema_decay` only. Of a video, the middle frame is shown.
 
     Args:
-        trainer (LeapAlignTrainer): gives the pipeline, its settings and the trackers.
+        trainer (Any): the LeapAlignTrainer, which gives the pipeline, its settings and the trackers.
         rows (list[dict]): the prompts with their other columns.
         every (int): updates from one picture to the next; the first shows the weights before training.
 
