@@ -14,8 +14,9 @@ from transformers import PreTrainedModel
 
 from .components import DENOISER_PREFIXES, components_of, modules_of, pipelines_of, schedulers_of
 from .quantization import keep_differentiable, load_quantized, read_quantization
+from .temporary import temporary_attribute
 
-__all__ = ["components_of", "modules_of", "pipelines_of", "schedulers_of"]
+__all__ = ["components_of", "modules_of", "pipelines_of", "schedulers_of", "temporary_attribute"]
 
 
 def load_pipeline(
@@ -159,19 +160,3 @@ def quiet(pipeline: DiffusionPipeline) -> Iterator[None]:
     bar = {**getattr(pipeline, "_progress_bar_config", {}), "disable": True}
     with temporary_attribute(pipeline, "_progress_bar_config", bar):
         yield
-
-
-@contextmanager
-def temporary_attribute(instance: Any, name: str, value: Any) -> Iterator[None]:
-    """Set an instance attribute past `__setattr__`, which pipelines and modules override."""
-    attributes = vars(instance)
-    missing = name not in attributes
-    previous = attributes.get(name)
-    attributes[name] = value
-    try:
-        yield
-    finally:
-        if missing:
-            del attributes[name]
-        else:
-            attributes[name] = previous
