@@ -27,6 +27,7 @@ from .temporary import temporary_attribute
 
 SEAMS = ("encode_prompt", "encode_image", "encode_prompt_multiple_images")
 """Methods of diffusers pipelines that run encoders and return what these say."""
+TOKENIZER_SETTINGS = ("model_max_length", "padding_side", "truncation_side")
 PLAIN = (str, int, float, bool, type(None))
 
 
@@ -137,7 +138,8 @@ class PromptCache:
                     backend = getattr(part, "backend_tokenizer", None)
                     vocabulary = backend.to_str() if backend is not None else sorted(part.get_vocab().items())
                     template = getattr(part, "chat_template", None)
-                    _update(digest, [key, type(part).__qualname__, vocabulary, repr(part.init_kwargs), template])
+                    sides = [str(getattr(part, name, None)) for name in TOKENIZER_SETTINGS]
+                    _update(digest, [key, type(part).__qualname__, vocabulary, repr(part.init_kwargs), template, sides])
                 elif _encodes(part):
                     _update(digest, [key, repr(part)])
         return digest.hexdigest()
