@@ -159,11 +159,11 @@ class LeapAlignConfig(TrainingArguments):
             Remember on the CPU what `encode_prompt` and `encode_image` of the pipeline return, so that each batch of
             prompts is encoded once. Changes no bit of what is computed.
         prompt_cache_dir (`str`, *optional*):
-            Folder to remember it in instead, for further runs too.
+            Folder to remember the prompts' embeddings in, instead of memory, for further runs too.
         offload_text_encoders (`bool`, *optional*, defaults to `False`):
             Keep text and image encoders on the CPU but while they encode.
         reward_device (`str`, *optional*):
-            Device of the reward models, such as "cuda:1". None is that of the pipeline.
+            Device of the reward models, such as `cuda:1`. None is that of the pipeline.
         offload_rewards (`bool`, *optional*, defaults to `False`):
             Keep reward models on the CPU but while they score; they score a second time in the backward pass.
         dry_run (`bool`, *optional*, defaults to `True`):
@@ -302,33 +302,42 @@ class LeapAlignConfig(TrainingArguments):
     model_init_kwargs: dict[str, Any] | str | None = field(
         default=None,
         metadata={
-            "help": "Arguments of `DiffusionPipeline.from_pretrained`, for a pipeline given by name; also "
-            "`load_in_4bit` or `load_in_8bit`, or a `quantization_config` for other back ends and components."
+            "help": "Arguments of `DiffusionPipeline.from_pretrained`, for a pipeline given by name. `load_in_4bit` or "
+            "`load_in_8bit` quantizes the denoisers, and encoders of 2 GiB or more, by bitsandbytes, for LoRA; "
+            "a `quantization_config` chooses other back ends and components."
         },
     )
     unconditional_gradient: bool = field(
         default=True,
         metadata={
             "help": "Whether the unconditional call of classifier-free guidance has a gradient, where the pipeline "
-            "makes it a call of its own. False keeps half the activations."
+            "makes it a call of its own. False takes it for a constant, and keeps half the activations."
         },
     )
     cache_prompt_embeddings: bool = field(
         default=False,
-        metadata={"help": "Remember the prompts' embeddings on the CPU, so that each batch of them is encoded once."},
+        metadata={
+            "help": "Remember on the CPU what `encode_prompt` and `encode_image` of the pipeline return, so that each "
+            "batch of prompts is encoded once. Changes no bit of what is computed."
+        },
     )
     prompt_cache_dir: str | None = field(
-        default=None, metadata={"help": "Folder to remember the prompts' embeddings in, for further runs too."}
+        default=None,
+        metadata={"help": "Folder to remember the prompts' embeddings in, instead of memory, for further runs too."},
     )
     offload_text_encoders: bool = field(
-        default=False, metadata={"help": "Keep text and image encoders on the CPU but while they encode."}
+        default=False,
+        metadata={"help": "Keep text and image encoders on the CPU but while they encode."},
     )
     reward_device: str | None = field(
-        default=None, metadata={"help": "Device of the reward models, such as `cuda:1`. None is that of the pipeline."}
+        default=None,
+        metadata={"help": "Device of the reward models, such as `cuda:1`. None is that of the pipeline."},
     )
     offload_rewards: bool = field(
         default=False,
-        metadata={"help": "Keep reward models on the CPU but while they score; they score twice an update then."},
+        metadata={
+            "help": "Keep reward models on the CPU but while they score; they score a second time in the backward pass."
+        },
     )
     dry_run: bool = field(
         default=True,

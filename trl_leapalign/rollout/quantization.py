@@ -224,7 +224,7 @@ def quantize_pipeline(
 
 def num_bytes(module: nn.Module) -> int:
     """Bytes of a module's parameters and buffers, the scales of quantized ones included."""
-    total = sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
+    total = sum(map(_num_bytes, (*module.parameters(), *module.buffers())))
     for parameter in module.parameters():
         state = getattr(parameter, "quant_state", None)
         if state is not None:
@@ -233,6 +233,13 @@ def num_bytes(module: nn.Module) -> int:
         if isinstance(getattr(parameter, "SCB", None), Tensor):
             total += parameter.SCB.nbytes
     return total
+
+
+def _num_bytes(tensor: Tensor) -> int:
+    """Of a tensor, or of those that a tensor of torchao or quanto consists of."""
+    if hasattr(tensor, "__tensor_flatten__"):
+        return sum(_num_bytes(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
+    return tensor.nbytes
 
 
 def keep_differentiable(module: nn.Module) -> None:
