@@ -70,6 +70,7 @@ from .training.guards import (
 )
 from .training.image_grid import ImageGrid
 from .training.losses import below_threshold, limit_sample_gradients, reward_loss
+from .training.memory_switches import MemorySwitches
 from .training.metrics import MetricBuffer, merge, peak_memory_gib, saturated, summarise
 from .training.optimizers import EndInEvaluationMode, evaluation_mode, has_modes
 from .training.process import check_gradients_possible, prepare_process
@@ -184,6 +185,7 @@ class LeapAlignTrainer(HubPushes, Trainer):
                 columns=self.columns,
                 decoding=self.rewards.decoding,
                 near=self.groups.near,
+                unconditional_gradient=config.unconditional_gradient,
             )
             super().__init__(
                 model=self.rollout_model,
@@ -206,12 +208,12 @@ class LeapAlignTrainer(HubPushes, Trainer):
             self._given_optimizer = self.optimizer
             check_optimizer_settings(self)
             self._state = partial(use_state, self.accelerator.state, config.distributed_state)
-            self.pipeline.to(config.device)
+            self.memory = MemorySwitches(self.pipeline, self.denoisers, config)
             self.callback_handler.callbacks.insert(0, EndInEvaluationMode())
             if config.ema_decay is not None:
                 self.weight_average = WeightAverage(self.rollout_model, config.ema_decay)
                 self.callback_handler.callbacks.insert(0, self.weight_average)
-            self.rewards.prepare(config.device)
+            self.memory.place_rewards(self.rewards)
             if config.image_grid_steps is not None:
                 self.add_callback(ImageGrid(self, self._grid_rows(), config.image_grid_steps))
             if config.dry_run:
@@ -412,7 +414,7 @@ class LeapAlignTrainer(HubPushes, Trainer):
         checkpoint = choose_checkpoint(asked, self.args)
         for name, denoiser in {} if self.args.full_finetuning else self.denoisers.items():
             check_active(name, denoiser)
-        with torch.enable_grad():
+        with torch.enable_grad(), self.memory.prompts_cached():
             output = super().train(checkpoint, trial, ignore_keys_for_eval)
         check_weights(self.rollout_model)
         return output
@@ -461,7 +463,7 @@ class LeapAlignTrainer(HubPushes, Trainer):
         start = time.perf_counter()
         batches, columns = [], []
         shows = self.image_samples_hook is not None and self.is_world_process_zero()
-        with self._averaged(), quiet(self.pipeline), self.accelerator.autocast():
+        with self._averaged(), quiet(self.pipeline), self.memory.prompts_cached(), self.accelerator.autocast():
             for batch in scored_batches(
                 self.pipeline,
                 self.rewards,
@@ -539,7 +541,7 @@ class LeapAlignTrainer(HubPushes, Trainer):
         size = self.args.per_device_train_batch_size
         listed = any(isinstance(value, (list, Tensor)) for value in self.args.sample_kwargs.values())
         batch = collate([self.train_dataset[index] for index in range(size if listed else min(2, size))])
-        with self.accelerator.autocast():
+        with self.memory.prompts_cached(), self.accelerator.autocast():
             return dry_run(
                 self.rollout_model,
                 self.rewards,

@@ -12,6 +12,8 @@ from peft import LoraConfig, PeftType, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+from ..rollout.components import DENOISER_PREFIXES
+from ..rollout.quantization import check_quantized
 from ..rollout.storage import check_storage
 from .wrapped import check_loadable, check_own_model
 
@@ -19,7 +21,6 @@ logger = logging.getLogger(__name__)
 
 DEFAULT_RANK = 32
 KEEPS_BASE_WEIGHTS = (True, False, "gaussian", "orthogonal")
-DENOISER_PREFIXES = ("transformer", "unet")
 
 
 def prepare_denoisers(
@@ -48,6 +49,8 @@ def prepare_denoisers(
     """
     denoisers = find_denoisers(pipeline, names)
     check_storage(pipeline, denoisers)
+    for name, denoiser in denoisers.items():
+        check_quantized(name, denoiser, full_finetuning)
     parts = {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
     frozen = parts if full_finetuning else parts.keys() - denoisers
     adapted = sorted(name for name in frozen if getattr(parts[name], "peft_config", None))

@@ -8,6 +8,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from torch import nn
 
 from ..markdown import code, escape, literal
+from .quantization_note import quantization_note
 from .saving import loading_lines
 
 LOAD_FULL = 'pipeline.{name} = type(pipeline.{name}).from_pretrained({repository}, subfolder="{name}")'
@@ -19,7 +20,9 @@ TEMPLATE = """---
 
 {{ kind }} for {{ base }}, trained to raise {{ rewards }} by
 `trl_leapalign` ([LeapAlign](https://huggingface.co/papers/2604.15311)) with the method {{ method }}.
-
+{% if quantization %}
+{{ quantization }}
+{% endif %}
 ```python
 from diffusers import DiffusionPipeline
 
@@ -105,6 +108,7 @@ def write_model_card(
         source=literal(base or type(trained.pipeline).__name__),
         rewards=", ".join(map(code, trained.rewards)),
         method=code(trained.method),
+        quantization=quantization_note(trained.denoisers),
         load="\n".join(load),
         prompt=literal(trained.prompt),
     )

@@ -12,6 +12,7 @@ from ..ranges import Range
 from .black_box import BlackBox, read_numbers
 from .builtin import check_reward_name, load_named
 from .callables import NamedReward, RewardFunction, check_callable, check_rewards, name_of
+from .placement import PlacedReward
 from .reward_model import RewardModel
 
 
@@ -67,21 +68,34 @@ class RewardSet:
         self.inputs = [_inputs(function) for function in self.functions]
         self.thresholds = list(map(_threshold, self.functions)) if thresholds is None else list(thresholds)
 
-    def prepare(self, device: torch.device) -> None:
+    def prepare(self, device: torch.device, *, own_device: str | None = None, offload: bool = False) -> None:
         """Move reward models to a device, freeze them and put them in eval mode.
 
         One that is on an accelerator of its own, such as a second GPU, stays there: it moves the images itself.
 
         Args:
-            device (torch.device): where the pipeline runs.
+            device (torch.device): of the images.
+            own_device (str | None): of the reward models, if it is another; images are copied there.
+            offload (bool): keep reward models on the CPU but while they score or are differentiated.
+
+        Raises:
+            ValueError: if no reward is a model that could be moved.
         """
-        for function in self.functions:
-            function = function.function if isinstance(function, BlackBox) else function
-            if isinstance(function, nn.Module):
-                kinds = {value.device.type for value in (*function.parameters(), *function.buffers())}
-                if kinds <= {"cpu"}:
-                    function.to(device)
-                function.eval().requires_grad_(False)
+        models = [model for model in map(_model, self.functions) if model is not None]
+        if (own_device is not None or offload) and not models:
+            raise ValueError(
+                "reward_device and offload_rewards move rewards that are an nn.Module, but none of "
+                f"{self.names} is one. Make it one, or move its model yourself."
+            )
+        where = device if own_device is None else torch.device(own_device)
+        for model in models:
+            model.eval().requires_grad_(False)
+            kinds = {value.device.type for value in (*model.parameters(), *model.buffers())}
+            if own_device is None and not offload and kinds <= {"cpu"}:
+                model.to(device)
+        self.functions = [_bare(function) for function in self.functions]
+        if own_device is not None or offload:
+            self.functions = [_placed(function, where, offload) for function in self.functions]
 
     @property
     def black_boxes(self) -> list[str]:
@@ -242,6 +256,30 @@ def _ask(
     """Rewards without gradient, and what is reported beside them."""
     images = images.detach()
     return read_numbers(_apply(function, name, images, prompts, metadata), images, name)
+
+
+def _bare(function: RewardFunction) -> RewardFunction:
+    """A reward without what `prepare` put around it."""
+    if isinstance(function, BlackBox):
+        function.function = _bare(function.function)
+        return function
+    return function.function if isinstance(function, PlacedReward) else function
+
+
+def _model(function: RewardFunction) -> nn.Module | None:
+    """The model that a reward is, if it is one."""
+    bare = _bare(function)
+    inner = bare.function if isinstance(bare, BlackBox) else bare
+    return inner if isinstance(inner, nn.Module) else None
+
+
+def _placed(function: RewardFunction, device: torch.device, offload: bool) -> RewardFunction:
+    """A reward whose model is on a device of its own, or there only while it is needed."""
+    function = _bare(function)
+    if isinstance(function, BlackBox):
+        function.function = _placed(function.function, device, offload)
+        return function
+    return PlacedReward(function, device, offload) if isinstance(function, nn.Module) else function
 
 
 def _inputs(function: RewardFunction) -> str:

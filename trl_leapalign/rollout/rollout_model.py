@@ -17,6 +17,7 @@ from ..prompts.columns import CallColumns
 from ..prompts.seeds import Purpose, make_generator
 from .base_penalty import distances_to_base
 from .calls import NO_COLUMNS, batch_calls, sample_images, solver_noise
+from .guidance import detached_unconditional_calls
 from .hooks import check_repeatable
 from .pipelines import modules_of, quiet
 from .recompute import WRITTEN_INTO, check_checkpointing, copies_of_saved_tensors
@@ -38,6 +39,7 @@ class RolloutModel(nn.Module):
         draw_group_size (int): consecutive samples that share one choice of steps.
         base_penalty (bool): whether to measure the distance to the base model, whose adapters are off.
         columns (CallColumns): the columns of the metadata that go into the call.
+        unconditional_gradient (bool): whether the unconditional call of guidance has a gradient.
         decoding (str): "differentiable", or "plain" for images without graph, or "none" for latents in their place.
         near (NearGroups | None): how the samples of a group stay close; None gives each sample noise of its own.
 
@@ -59,6 +61,7 @@ class RolloutModel(nn.Module):
         columns: CallColumns = NO_COLUMNS,
         decoding: str = "differentiable",
         near: "NearGroups | None" = None,
+        unconditional_gradient: bool = True,
     ):
         super().__init__()
         if base_penalty:
@@ -73,6 +76,7 @@ class RolloutModel(nn.Module):
         self.columns = columns
         self.decoding = decoding
         self.near = near
+        self.unconditional_gradient = unconditional_gradient
         self.copies_saved_tensors = False
         self.eval()
 
@@ -118,10 +122,12 @@ class RolloutModel(nn.Module):
 
     def _call(self, method: Method, indices: list[int], call_kwargs: dict[str, Any]) -> RolloutOutput:
         compared = self.denoisers.values() if self.base_penalty else ()
+        detached = () if self.unconditional_gradient else self.denoisers.values()
         with (
             solver_noise(self.seed, Purpose.NOISE, indices[0]),
             copies_of_saved_tensors() if self.copies_saved_tensors else nullcontext(),
             distances_to_base(compared, len(indices)) as distances,
+            detached_unconditional_calls(detached) as unconditional,
         ):
             output = run_rollout(
                 self.pipeline,
@@ -130,6 +136,12 @@ class RolloutModel(nn.Module):
                 differentiate_output=self.decoding == "differentiable",
                 **({"output_type": "latent"} if self.decoding == "none" else {}),
                 **call_kwargs,
+            )
+        if detached and not unconditional:
+            raise ValueError(
+                f"unconditional_gradient=False has no effect: {type(self.pipeline).__name__} makes no unconditional "
+                "call of its own with these settings. Guidance is off (FLUX and Qwen-Image need true_cfg_scale and a "
+                "negative_prompt in sample_kwargs), or both predictions come from one call. Leave it True."
             )
         copies = max(len(output.weights) // len(indices), 1)
         by_sample(output.images, copies * len(indices), type(self.pipeline).__name__)  # some take one prompt of several

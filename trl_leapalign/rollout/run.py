@@ -36,7 +36,7 @@ def run_rollout(
     rewards the sampler's own result. The pipeline is left as a plain call leaves it, also after an exception.
 
     Args:
-        pipeline (DiffusionPipeline): any pipeline with a flow-matching scheduler, on its device, not offloaded.
+        pipeline (DiffusionPipeline): any pipeline with a flow-matching scheduler, on its device but for encoders.
         method (Method): decides which steps run with gradients and how these reach the output.
         method_generator (torch.Generator | None): source of the method's choices; None draws fresh entropy.
         differentiate_output (bool): whether the images carry the graph; else only `RolloutOutput.latents` does, and

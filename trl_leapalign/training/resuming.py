@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 SAME = (
     *("sample_num_steps", "sample_guidance_scale", "sample_height", "sample_width", "sample_kwargs"),
     *("seed", "data_seed", "train_sampling_strategy", "samples_per_update", "draw_group_size"),
-    *("full_finetuning", "base_penalty", "ema_decay", "bf16", "fp16", "reward_kwargs"),
+    *("full_finetuning", "base_penalty", "ema_decay", "bf16", "fp16", "reward_kwargs", "unconditional_gradient"),
     *("optim", "optim_args", "learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon"),
     *("samples_per_prompt", "pairs", "near_step", "near_noise", "difference_power", "normalize_rewards"),
     *("lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps"),
@@ -36,6 +36,7 @@ SAME = (
 """Settings that must stay, beside method, prompts, pipeline and rewards: they decide what is optimised, and with which
 noise, or have no effect when the checkpoint's optimizer is loaded."""
 LOGGED = (
+    *("cache_prompt_embeddings", "prompt_cache_dir", "offload_text_encoders", "offload_rewards", "reward_device"),
     *("image_grid_steps", "image_grid_prompts"),
     *("max_steps", "max_grad_norm", "max_sample_grad_norm", "activation_checkpointing", "tf32"),
     *("per_device_train_batch_size", "gradient_accumulation_steps", "world_size", "eval_num_steps"),
