@@ -80,6 +80,8 @@ def built(make: Callable[[], nn.Module], nf4: bool = False) -> nn.Module:
     """
     with init_empty_weights(), _no_initialisation():
         module = make()
+    if not _filled_in:
+        return module.to(BFLOAT16)
     if nf4:
         _quantize(module)
     values = torch.randn(BLOCK, generator=torch.Generator().manual_seed(0)).mul_(0.02)
@@ -91,6 +93,20 @@ def built(make: Callable[[], nn.Module], nf4: bool = False) -> nn.Module:
             if buffer.is_floating_point() and key not in part._non_persistent_buffers_set:
                 part._buffers[key] = buffer.to(BFLOAT16)
     return module
+
+
+_filled_in = True
+
+
+@contextmanager
+def weightless() -> Iterator[None]:
+    """Build the large modules on the meta device meanwhile, for a plan of their memory; none is quantized then."""
+    global _filled_in
+    _filled_in = False
+    try:
+        yield
+    finally:
+        _filled_in = True
 
 
 @contextmanager
@@ -298,7 +314,7 @@ def clip_huge() -> CLIPReward:
 
 TRUE_SIZES = {
     "sd3": TrueSize(sd35_medium, pixels=512, num_steps=4),
-    "flux": TrueSize(flux_dev, pixels=256, num_steps=3, call_kwargs={"max_sequence_length": 128}),
+    "flux": TrueSize(flux_dev, pixels=256, num_steps=2, call_kwargs={"max_sequence_length": 32}),
     "qwen": TrueSize(qwen_image, pixels=256, num_steps=3),
     "wan": TrueSize(wan, pixels=256, num_steps=4, call_kwargs={"num_frames": 5, "max_sequence_length": 512}),
 }

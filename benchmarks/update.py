@@ -11,6 +11,7 @@ import torch
 
 from benchmarks.true_sizes import TRUE_SIZES, clip_huge
 from trl_leapalign import LeapAlignConfig, LeapAlignTrainer
+from trl_leapalign.training.memory_plan import MemoryPlan, plan_memory
 
 PROMPT = "a photo of a red circle left of a dog"
 GIB = 2**30
@@ -29,8 +30,8 @@ class Update:
         libraries (float): memory of the process before anything was built, on the CPU.
         before (float): memory before the update, without the libraries.
         peak (float): most memory during it, likewise.
-        planned (float): what the plan says.
-        plan (str): the plan as a table.
+        planned (float): what the plan says of the peak.
+        plan (dict[str, float]): its rows.
     """
 
     size: str
@@ -41,8 +42,8 @@ class Update:
     libraries: float
     before: float
     peak: float
-    planned: float | None = None
-    plan: str = ""
+    planned: float
+    plan: dict[str, float]
 
 
 class OneUpdate:
@@ -72,8 +73,23 @@ class OneUpdate:
         )
         self.trainer = LeapAlignTrainer(pipeline, clip_huge(), config, train_dataset=[PROMPT])
 
+    def plan(self) -> MemoryPlan:
+        """Plan the update's memory, without a look at what is measured."""
+        config, trainer = self.trainer.args, self.trainer
+        call = {**config.call_kwargs(), "num_inference_steps": 2}
+        return plan_memory(
+            trainer.pipeline,
+            list(trainer.denoisers),
+            trainer.rewards.functions,
+            lambda twin: twin(PROMPT, output_type="pt", return_dict=False, **call)[0],
+            method=trainer.rollout_model.method,
+            num_steps=self.num_steps,
+            optimizer=config.optim,
+        )
+
     def run(self) -> Update:
-        """Make the update, and measure it."""
+        """Plan the update, make it, and measure it."""
+        plan = self.plan()
         gc.collect()
         before = used(self.device)
         reset_peak(self.device)
@@ -82,7 +98,8 @@ class OneUpdate:
         seconds = time.perf_counter() - start
         peak = peak_used(self.device)
         sizes = {"libraries": self.libraries, "before": before - self.libraries, "peak": peak - self.libraries}
-        return Update(self.name, self.quantize, self.pixels, self.num_steps, seconds, **sizes)
+        planned = {"planned": plan.first_update, "plan": plan.rows()}
+        return Update(self.name, self.quantize, self.pixels, self.num_steps, seconds, **sizes, **planned)
 
 
 def return_freed_memory() -> None:

@@ -86,7 +86,7 @@ def prepare_denoisers(
         for name, denoiser in denoisers.items():
             _train_all_weights(name, denoiser)
     if checkpointing:
-        enable_checkpointing(denoisers)
+        enable_checkpointing(pipeline, denoisers)
     return denoisers
 
 
@@ -99,11 +99,12 @@ def _train_all_weights(name: str, denoiser: nn.Module) -> None:
     denoiser.requires_grad_(True)
 
 
-def enable_checkpointing(denoisers: dict[str, nn.Module]) -> None:
-    """Let denoisers compute their activations again in the backward pass; the rollout then does so for the decoder.
+def enable_checkpointing(pipeline: DiffusionPipeline, denoisers: dict[str, nn.Module]) -> None:
+    """Let denoisers and decoder compute their activations again in the backward pass.
 
     Args:
-        denoisers (dict[str, nn.Module]): components that are trained, by name.
+        pipeline (DiffusionPipeline): the pipeline.
+        denoisers (dict[str, nn.Module]): its components that are trained, by name.
 
     Raises:
         ValueError: if one of them has no gradient checkpointing.
@@ -115,6 +116,9 @@ def enable_checkpointing(denoisers: dict[str, nn.Module]) -> None:
                 "activation_checkpointing=False."
             )
         denoiser.enable_gradient_checkpointing()
+    for part in pipeline.components.values():
+        if hasattr(part, "decode") and getattr(part, "_supports_gradient_checkpointing", False):
+            part.enable_gradient_checkpointing()
 
 
 def find_denoisers(pipeline: DiffusionPipeline, names: list[str] | None = None) -> dict[str, nn.Module]:

@@ -269,7 +269,7 @@ def _checkpointing(trainer: LeapAlignTrainer, run: DryRun) -> str:
     modules = [module for module in modules_of(trainer.pipeline).values() if isinstance(module, ModelMixin)]
     before = [module for module in modules if module.is_gradient_checkpointing]
     try:
-        enable_checkpointing(trainer.denoisers)
+        enable_checkpointing(trainer.pipeline, trainer.denoisers)
         model.with_backward(lambda: model.check_checkpointing(**run.batch))
     except (RuntimeError, ValueError) as error:
         return f"not possible: {error}"

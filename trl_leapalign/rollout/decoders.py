@@ -1,7 +1,7 @@
 """Decoding with less memory: the decoder's smallest blocks are computed again in the backward pass.
 
-Works on decoders that have no gradient checkpointing of their own (Wan, Qwen-Image, HunyuanImage, Sana), and keeps less
-than those that have, whose unit is a whole resolution.
+Works on decoders that have no gradient checkpointing of their own (Wan, Qwen-Image, HunyuanImage, Sana). Those that have
+it compute a whole resolution again at a time; with both, the blocks inside of it are not all kept at once.
 """
 
 from collections.abc import Callable, Iterator
