@@ -1,11 +1,11 @@
 """Decoding with less memory: the decoder's smallest blocks are computed again in the backward pass.
 
-Works on decoders that have no gradient checkpointing of their own (Wan, Qwen-Image, HunyuanImage, Sana). Those that have
-it compute a whole resolution again at a time; with both, the blocks inside of it are not all kept at once.
+Works on decoders that have no gradient checkpointing of their own (Wan, Qwen-Image, HunyuanImage, Sana). Those that
+have it compute a whole resolution again at a time; with both, the blocks inside of it are not all kept at once.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -60,10 +60,43 @@ def checkpointed_decoders(pipeline: DiffusionPipeline, apply: Checkpoint | None 
     apply = apply or _checkpoint
     with ExitStack() as stack:
         for decoder in decoders_of(pipeline).values():
-            for block in smallest_blocks(decoder):
-                recomputed = _Recomputed(type(block).__name__, block.forward, apply)
-                stack.enter_context(temporary_attribute(block, "forward", recomputed))
+            stack.enter_context(_recomputed(smallest_blocks(decoder), apply))
+            for part in filter(lambda part: getattr(part, "gradient_checkpointing", False), decoder.modules()):
+                stack.enter_context(temporary_attribute(part, "_gradient_checkpointing_func", _Outer(apply)))
         yield
+
+
+@contextmanager
+def _recomputed(blocks: list[nn.Module], apply: Checkpoint) -> Iterator[None]:
+    with ExitStack() as stack:
+        for block in blocks:
+            recomputed = _Recomputed(type(block).__name__, block.forward, apply)
+            stack.enter_context(temporary_attribute(block, "forward", recomputed))
+        yield
+
+
+class _Outer:
+    """What a decoder with checkpointing of its own calls: when it runs a part again, the blocks inside are recomputed
+    one by one.
+    """
+
+    def __init__(self, apply: Checkpoint):
+        self.apply = apply
+
+    def __call__(self, part: Callable, *args: Any, **kwargs: Any) -> Any:
+        blocks = smallest_blocks(part) if isinstance(part, nn.Module) else []
+        if any(block is part for block in blocks):
+            return part(*args, **kwargs)
+        runs = 0
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            nonlocal runs
+            runs += 1
+            with nullcontext() if runs == 1 else _recomputed(blocks, self.apply):
+                return part(*args, **kwargs)
+
+        run.name = type(part).__name__
+        return self.apply(run, *args, **kwargs)
 
 
 def _checkpoint(function: Callable, *args: Any, **kwargs: Any) -> Any:
