@@ -105,7 +105,7 @@ class OneUpdate:
 def return_freed_memory() -> None:
     """Let the C library give tensors' memory back when they are freed, so that the process's memory is theirs."""
     try:
-        ctypes.CDLL("libc.so.6").mallopt(-3, 1 << 16)  # M_MMAP_THRESHOLD
+        ctypes.CDLL("libc.so.6").mallopt(-3, 1 << 22)  # M_MMAP_THRESHOLD
     except OSError:
         print("There is no glibc here, so freed memory may still count as used.")
 
