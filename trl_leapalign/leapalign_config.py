@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from numbers import Real
 from typing import Any
 
+import torch
 from transformers import TrainingArguments
 
 from .methods import METHODS, Method
@@ -46,6 +47,12 @@ NUMBERS = {
     "max_sample_grad_norm": Range(0, excluded=True),
 }
 """Where each numeric setting lies, unless it is None by default and left so."""
+MEMORY_SWITCHES = (
+    "unconditional_gradient",
+    "cache_prompt_embeddings",
+    "offload_text_encoders",
+    "offload_rewards",
+)
 METRIC_SCHEDULERS = ("reduce_lr_on_plateau", "greedy")
 
 UNSUPPORTED = {
@@ -142,7 +149,23 @@ class LeapAlignConfig(TrainingArguments):
         denoisers (`list[str]`, *optional*):
             Names of the pipeline's components to train. None takes those called transformer... or unet....
         model_init_kwargs (`dict`, *optional*):
-            Arguments of `DiffusionPipeline.from_pretrained`, for a pipeline given by name.
+            Arguments of `DiffusionPipeline.from_pretrained`, for a pipeline given by name. `load_in_4bit` or
+            `load_in_8bit` quantizes the denoisers, and encoders of 2 GiB or more, by bitsandbytes, for LoRA; a
+            `quantization_config` chooses other back ends and components.
+        unconditional_gradient (`bool`, *optional*, defaults to `True`):
+            Whether the unconditional call of classifier-free guidance has a gradient, where the pipeline makes it a
+            call of its own. False takes it for a constant, and keeps half the activations.
+        cache_prompt_embeddings (`bool`, *optional*, defaults to `False`):
+            Remember on the CPU what `encode_prompt` and `encode_image` of the pipeline return, so that each batch of
+            prompts is encoded once. Changes no bit of what is computed.
+        prompt_cache_dir (`str`, *optional*):
+            Folder to remember it in instead, for further runs too.
+        offload_text_encoders (`bool`, *optional*, defaults to `False`):
+            Keep text and image encoders on the CPU but while they encode.
+        reward_device (`str`, *optional*):
+            Device of the reward models, such as "cuda:1". None is that of the pipeline.
+        offload_rewards (`bool`, *optional*, defaults to `False`):
+            Keep reward models on the CPU but while they score; they score a second time in the backward pass.
         dry_run (`bool`, *optional*, defaults to `True`):
             Run one rollout and its reward when the trainer is made, so that whatever cannot work is said then.
 
@@ -278,7 +301,34 @@ class LeapAlignConfig(TrainingArguments):
     )
     model_init_kwargs: dict[str, Any] | str | None = field(
         default=None,
-        metadata={"help": "Arguments of `DiffusionPipeline.from_pretrained`, for a pipeline given by name."},
+        metadata={
+            "help": "Arguments of `DiffusionPipeline.from_pretrained`, for a pipeline given by name; also "
+            "`load_in_4bit` or `load_in_8bit`, or a `quantization_config` for other back ends and components."
+        },
+    )
+    unconditional_gradient: bool = field(
+        default=True,
+        metadata={
+            "help": "Whether the unconditional call of classifier-free guidance has a gradient, where the pipeline "
+            "makes it a call of its own. False keeps half the activations."
+        },
+    )
+    cache_prompt_embeddings: bool = field(
+        default=False,
+        metadata={"help": "Remember the prompts' embeddings on the CPU, so that each batch of them is encoded once."},
+    )
+    prompt_cache_dir: str | None = field(
+        default=None, metadata={"help": "Folder to remember the prompts' embeddings in, for further runs too."}
+    )
+    offload_text_encoders: bool = field(
+        default=False, metadata={"help": "Keep text and image encoders on the CPU but while they encode."}
+    )
+    reward_device: str | None = field(
+        default=None, metadata={"help": "Device of the reward models, such as `cuda:1`. None is that of the pipeline."}
+    )
+    offload_rewards: bool = field(
+        default=False,
+        metadata={"help": "Keep reward models on the CPU but while they score; they score twice an update then."},
     )
     dry_run: bool = field(
         default=True,
@@ -380,8 +430,13 @@ class LeapAlignConfig(TrainingArguments):
                 allowed.check(name, getattr(self, name))
         if self.max_steps != -1:
             Range(1, whole=True).check("max_steps", self.max_steps)
-        for name in ("full_finetuning", "dry_run"):
+        for name in ("full_finetuning", "dry_run", *MEMORY_SWITCHES):
             check_bool(name, getattr(self, name))
+        if self.reward_device is not None:
+            try:
+                torch.device(self.reward_device)
+            except (RuntimeError, TypeError) as error:
+                raise ValueError(f"reward_device={self.reward_device!r} is no device, such as 'cuda:1'.") from error
         if not isinstance(self.prompt_column, str):
             raise ValueError(f"prompt_column={self.prompt_column!r} must be the name of a column.")
         for name, reason in RESERVED_SAMPLE_KWARGS.items():

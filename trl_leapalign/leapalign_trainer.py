@@ -36,6 +36,7 @@ from .training.checkpoints import last_checkpoint, load_run, save_run
 from .training.dry_run import DryRun, dry_run
 from .training.guards import NothingLearnt, check_evaluation, check_kinds, check_optimizer, check_weights
 from .training.losses import below_threshold, limit_sample_gradients, reward_loss
+from .training.memory_switches import MemorySwitches
 from .training.metrics import MetricBuffer, merge, peak_memory_gib, saturated, summarise
 
 MOST_IDLE_UPDATES = 10
@@ -130,6 +131,7 @@ class LeapAlignTrainer(Trainer):
                 draw_group_size=config.draw_group_size or config.samples_per_update,
                 base_penalty=config.base_penalty is not None,
                 columns=self.columns,
+                unconditional_gradient=config.unconditional_gradient,
             )
             super().__init__(
                 model=self.rollout_model,
@@ -148,11 +150,11 @@ class LeapAlignTrainer(Trainer):
             )
             self._refuse_sharding()
             check_optimizer(self.optimizer, self.rollout_model)
-            self.pipeline.to(config.device)
+            self.memory = MemorySwitches(self.pipeline, self.denoisers, config)
             if config.ema_decay is not None:
                 self.weight_average = WeightAverage(self.rollout_model, config.ema_decay)
                 self.callback_handler.callbacks.insert(0, self.weight_average)
-            self.rewards.prepare(config.device)
+            self.memory.place_rewards(self.rewards)
             if config.dry_run:
                 self.dry_run()
 
@@ -318,7 +320,8 @@ class LeapAlignTrainer(Trainer):
         self._reset_metrics()
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_checkpoint(self.args.output_dir)
-        output = super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+        with self.memory.prompts_cached():
+            output = super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
         check_weights(self.rollout_model)
         return output
 
@@ -359,7 +362,7 @@ class LeapAlignTrainer(Trainer):
         check_weights(self.rollout_model)
         start = time.perf_counter()
         batches, columns = [], []
-        with self._averaged(), quiet(self.pipeline), self.accelerator.autocast():
+        with self._averaged(), quiet(self.pipeline), self.memory.prompts_cached(), self.accelerator.autocast():
             for batch in scored_batches(
                 self.pipeline,
                 self.rewards,
@@ -432,7 +435,7 @@ class LeapAlignTrainer(Trainer):
         size = self.args.per_device_train_batch_size
         listed = any(isinstance(value, (list, Tensor)) for value in self.args.sample_kwargs.values())
         batch = collate([self.train_dataset[index] for index in range(size if listed else min(2, size))])
-        with self.accelerator.autocast():
+        with self.memory.prompts_cached(), self.accelerator.autocast():
             return dry_run(
                 self.rollout_model,
                 self.rewards,

@@ -14,11 +14,13 @@ from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+from ..rollout.components import DENOISER_PREFIXES
+from ..rollout.quantization import check_quantized
+
 logger = logging.getLogger(__name__)
 
 DEFAULT_RANK = 32
 KEEPS_BASE_WEIGHTS = (True, False, "gaussian", "orthogonal")
-DENOISER_PREFIXES = ("transformer", "unet")
 
 
 @contextmanager
@@ -68,6 +70,8 @@ def prepare_denoisers(
         ValueError: if there is nothing to train, or an option does not fit the modules.
     """
     denoisers = find_denoisers(pipeline, names)
+    for name, denoiser in denoisers.items():
+        check_quantized(name, denoiser, full_finetuning)
     parts = {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
     frozen = parts if full_finetuning else parts.keys() - denoisers
     adapted = sorted(name for name in frozen if getattr(parts[name], "peft_config", None))

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 from huggingface_hub import ModelCard, ModelCardData
 
+from .quantization_note import quantization_note
 from .saving import loading_lines
 
 if TYPE_CHECKING:
@@ -19,7 +20,9 @@ TEMPLATE = """---
 
 {{ kind }} for `{{ base }}`, trained to raise {{ rewards }} by
 `trl_leapalign` ([LeapAlign](https://huggingface.co/papers/2604.15311)) with the method `{{ method }}`.
-
+{% if quantization %}
+{{ quantization }}
+{% endif %}
 ```python
 from diffusers import DiffusionPipeline
 
@@ -79,6 +82,7 @@ def write_model_card(
         base=base or type(trainer.pipeline).__name__,
         rewards=", ".join(f"`{reward}`" for reward in trainer.rewards.names),
         method=repr(trainer.rollout_model.method),
+        quantization=quantization_note(trainer.denoisers),
         load="\n".join(load),
         prompt=trainer.train_dataset[0]["prompt"].replace('"', "'"),
     )

@@ -3,11 +3,103 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..leapalign_config import read_dict
+from diffusers import DiffusionPipeline
+from peft import LoraConfig
+
+from ..adapters.lora import DEFAULT_RANK
+from ..leapalign_config import LeapAlignConfig, read_dict
+from ..rollout.quantization import Quantization, quantize_pipeline
 
 
-@dataclass
-class TrainArguments:
+@dataclass(kw_only=True)
+class ModelArguments:
+    """How the model is loaded and what is trained of it; the names are those of TRL's ModelConfig."""
+
+    load_in_4bit: bool = field(
+        default=False,
+        metadata={
+            "help": "Load the denoisers, and encoders of 2 GiB or more, in 4 bits by bitsandbytes, for LoRA. "
+            "A quantization_config in model_init_kwargs chooses other back ends and components."
+        },
+    )
+    load_in_8bit: bool = field(default=False, metadata={"help": "The same in 8 bits."})
+    bnb_4bit_quant_type: str | None = field(
+        default=None, metadata={"help": "Kind of 4 bits: nf4, which is the default, or fp4."}
+    )
+    use_bnb_nested_quant: bool = field(default=False, metadata={"help": "Quantize the scales of 4 bits too."})
+    use_peft: bool = field(
+        default=False,
+        metadata={"help": "Train a LoRA, which is the default; full_finetuning=True is the other choice."},
+    )
+    lora_r: int | None = field(default=None, metadata={"help": f"Rank of the LoRA. None is {DEFAULT_RANK}."})
+    lora_alpha: int | None = field(
+        default=None, metadata={"help": "Alpha of the LoRA, whose scale is lora_alpha / lora_r. None is its rank."}
+    )
+    lora_target_modules: list[str] | None = field(
+        default=None, metadata={"help": "Names of layers to adapt. None is the linear layers of all blocks."}
+    )
+
+    @property
+    def quantization(self) -> dict[str, Any]:
+        """What model_init_kwargs get of these options; empty for full precision.
+
+        Raises:
+            ValueError: if options contradict each other.
+        """
+        options = ("load_in_4bit", "load_in_8bit", "bnb_4bit_quant_type", "use_bnb_nested_quant")
+        given = {name: getattr(self, name) for name in options if getattr(self, name)}
+        Quantization.of(given)
+        return given
+
+    def load_options(self, config: LeapAlignConfig) -> dict[str, Any]:
+        """Arguments of `from_pretrained` with those that quantize.
+
+        Args:
+            config (LeapAlignConfig): with `model_init_kwargs`.
+
+        Raises:
+            ValueError: if an option is set twice.
+        """
+        twice = sorted(self.quantization.keys() & config.model_init_kwargs.keys())
+        if twice or (self.quantization and "quantization_config" in config.model_init_kwargs):
+            raise ValueError(
+                f"model_init_kwargs={config.model_init_kwargs} sets what --{next(iter(self.quantization))} sets. "
+                "Drop one."
+            )
+        return {**config.model_init_kwargs, **self.quantization}
+
+    def quantized(self, pipeline: DiffusionPipeline) -> DiffusionPipeline:
+        """Quantize a pipeline that a function has built, in place, if options say so."""
+        if self.quantization:
+            quantize_pipeline(pipeline, Quantization.of(self.quantization))
+        return pipeline
+
+    def lora_config(self, config: LeapAlignConfig, settings: dict[str, Any]) -> LoraConfig | None:
+        """The adapter that options describe; None is the default.
+
+        Args:
+            config (LeapAlignConfig): with `full_finetuning`.
+            settings (dict[str, Any]): further arguments of `peft.LoraConfig`.
+
+        Raises:
+            ValueError: if options contradict each other.
+        """
+        options = {"r": self.lora_r, "lora_alpha": self.lora_alpha, "target_modules": self.lora_target_modules}
+        given = {name: value for name, value in options.items() if value is not None}
+        if config.full_finetuning and (self.use_peft or given or settings):
+            raise ValueError("full_finetuning=True trains all weights, so there is no LoRA. Drop it, or its options.")
+        twice = sorted(given.keys() & settings.keys())
+        if twice:
+            raise ValueError(f"lora={settings} sets {twice}, which have options of their own. Set one.")
+        if not given:
+            return LoraConfig(**settings) if settings else None
+        rank = given.get("r", settings.get("r", DEFAULT_RANK))
+        defaults = {"r": rank, "lora_alpha": rank, "init_lora_weights": "gaussian"}
+        return LoraConfig(**{**defaults, **settings, **given})
+
+
+@dataclass(kw_only=True)
+class TrainArguments(ModelArguments):
     """Arguments of `trl-leapalign train`: what is trained, with which reward."""
 
     pipeline: str = field(metadata={"help": "Hub id or path of the pipeline, or MODULE:FUNCTION that returns one."})
@@ -17,14 +109,14 @@ class TrainArguments:
     )
 
 
-@dataclass
-class CheckArguments:
+@dataclass(kw_only=True)
+class CheckArguments(ModelArguments):
     """Arguments of `trl-leapalign check`."""
 
     pipeline: str = field(metadata={"help": "Hub id or path of the pipeline, or MODULE:FUNCTION that returns one."})
 
 
-@dataclass
+@dataclass(kw_only=True)
 class CompareArguments(TrainArguments):
     """Arguments of `trl-leapalign compare`."""
 

@@ -33,6 +33,8 @@ NOT_TRIED = {
     "lr_scheduler_kwargs": None,
     "reward_weights": None,
     "reward_threshold": None,
+    "reward_device": None,
+    "offload_rewards": False,
     "train_prompts": None,
     "eval_prompts": None,
     "eval_strategy": "no",

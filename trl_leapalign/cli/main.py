@@ -15,7 +15,7 @@ from ..leapalign_config import LeapAlignConfig, read_dict
 from ..methods import METHODS
 from ..prompts.sources import load_prompts
 from ..rollout.pipelines import load_pipeline
-from .arguments import CheckArguments, CompareArguments, EvaluateArguments, TrainArguments
+from .arguments import CheckArguments, CompareArguments, EvaluateArguments, ModelArguments, TrainArguments
 
 SHAPES = "examples/shapes/compare.yaml"
 USAGE = f"""usage: trl-leapalign COMMAND [options]
@@ -54,12 +54,12 @@ def train(options: list[str]) -> None:
 
     arguments, config = _parse(TrainArguments, options)
     trainer = LeapAlignTrainer(
-        _object(arguments.pipeline)() if _is_object(arguments.pipeline) else arguments.pipeline,
+        _pipeline(arguments),
         [_reward(name) for name in arguments.reward],
         replace(config, train_prompts=None, eval_prompts=None),
         train_dataset=_rows("train_prompts", config.train_prompts, config),
         eval_dataset=config.eval_prompts and _rows("eval_prompts", config.eval_prompts, config, "test"),
-        peft_config=_lora(arguments),
+        peft_config=_lora(arguments, config),
     )
     trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
     trainer.save_model()
@@ -84,7 +84,7 @@ def compare(options: list[str]) -> None:
     logging.basicConfig(format="%(message)s")
     logging.getLogger("trl_leapalign").setLevel(logging.INFO)
     comparison = Comparison(
-        make_pipeline=_maker(arguments.pipeline, config),
+        make_pipeline=_maker(arguments, config),
         reward=[_reward(name) for name in arguments.reward],
         config=config,
         runs=read_dict("runs", arguments.runs) or {name: {"method": name} for name in METHODS},
@@ -97,7 +97,7 @@ def compare(options: list[str]) -> None:
         group_by=arguments.group_by,
         train_seconds=arguments.train_seconds,
         learning_rates=arguments.learning_rates or (),
-        peft_config=_lora(arguments),
+        peft_config=_lora(arguments, config),
         pipeline_name=arguments.pipeline,
     )
     report = comparison.run()
@@ -154,8 +154,7 @@ def check(options: list[str]) -> None:
         options = ["--pipeline", *options]
     arguments, config = _parse(CheckArguments, options, per_device_train_batch_size=2)
     prompts = config.train_prompts and _rows("train_prompts", config.train_prompts, config)
-    pipeline = _object(arguments.pipeline)() if _is_object(arguments.pipeline) else arguments.pipeline
-    found = run(pipeline, config, prompts or [{config.prompt_column: prompt} for prompt in PROMPTS])
+    found = run(_pipeline(arguments), config, prompts or [{config.prompt_column: prompt} for prompt in PROMPTS])
     print(found.markdown())
     if not found.trainable:
         sys.exit(1)
@@ -200,7 +199,10 @@ def _parse(kind: type, options: list[str], **defaults: Any) -> tuple[Any, LeapAl
 
     parser = TrlParser((kind, LeapAlignConfig))
     parser.set_defaults(**defaults)
-    return parser.parse_args_and_config(options)
+    arguments, config = parser.parse_args_and_config(options)
+    if not _is_object(arguments.pipeline):
+        config.model_init_kwargs = arguments.load_options(config)
+    return arguments, config
 
 
 def _is_object(name: str) -> bool:
@@ -225,15 +227,21 @@ def _reward(name: str) -> Any:
     return _object(name) if ":" in name else name
 
 
-def _lora(arguments: TrainArguments) -> LoraConfig | None:
-    settings = read_dict("lora", arguments.lora)
-    return LoraConfig(**settings) if settings else None
+def _lora(arguments: TrainArguments, config: LeapAlignConfig) -> LoraConfig | None:
+    return arguments.lora_config(config, read_dict("lora", arguments.lora))
 
 
-def _maker(pipeline: str, config: LeapAlignConfig) -> Callable:
-    if _is_object(pipeline):
-        return _object(pipeline)
-    return lambda: load_pipeline(pipeline, config.device, config.model_init_kwargs)
+def _pipeline(arguments: ModelArguments) -> Any:
+    """What MODULE:FUNCTION returns, quantized if options say so, or the name of a pipeline."""
+    if not _is_object(arguments.pipeline):
+        return arguments.pipeline
+    return arguments.quantized(_object(arguments.pipeline)())
+
+
+def _maker(arguments: ModelArguments, config: LeapAlignConfig) -> Callable:
+    if _is_object(arguments.pipeline):
+        return lambda: _pipeline(arguments)
+    return lambda: load_pipeline(arguments.pipeline, config.device, config.model_init_kwargs)
 
 
 def _rows(option: str, source: str | None, config: LeapAlignConfig, split: str = "train") -> Sequence[dict[str, Any]]:

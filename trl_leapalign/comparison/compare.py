@@ -271,7 +271,8 @@ class Comparison:
         start = time.perf_counter()
         pipeline = self.make_pipeline().to(self.config.device)
         self._check_same_weights(pipeline)
-        self.judges.prepare(self.config.device)
+        placement = {"own_device": self.config.reward_device, "offload": self.config.offload_rewards}
+        self.judges.prepare(self.config.device, **placement)
         history, failed = [], False
         if job.seed is not None:
             try:

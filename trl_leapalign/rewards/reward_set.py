@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ..ranges import Range
 from .builtin import check_reward_name, load_reward
 from .callables import RewardFunction, check_callable, check_rewards, name_of
+from .placement import PlacedReward
 from .reward_model import RewardModel
 
 
@@ -60,11 +61,35 @@ class RewardSet:
         self.functions = [load_reward(item) if isinstance(item, str) else item for item in listed]
         self.thresholds = list(map(_threshold, self.functions)) if thresholds is None else list(thresholds)
 
-    def prepare(self, device: torch.device) -> None:
-        """Move reward models to a device, freeze them and put them in eval mode."""
-        for function in self.functions:
-            if isinstance(function, nn.Module):
-                function.to(device).eval().requires_grad_(False)
+    def prepare(self, device: torch.device, *, own_device: str | None = None, offload: bool = False) -> None:
+        """Move reward models to a device, freeze them and put them in eval mode.
+
+        Args:
+            device (torch.device): of the images.
+            own_device (str | None): of the reward models, if it is another; images are copied there.
+            offload (bool): keep reward models on the CPU but while they score or are differentiated.
+
+        Raises:
+            ValueError: if no reward is a model that could be moved.
+        """
+        self.functions = [each.function if isinstance(each, PlacedReward) else each for each in self.functions]
+        models = [function for function in self.functions if isinstance(function, nn.Module)]
+        if (own_device is not None or offload) and not models:
+            raise ValueError(
+                "reward_device and offload_rewards move rewards that are an nn.Module, but none of "
+                f"{self.names} is one. Make it one, or move its model yourself."
+            )
+        for function in models:
+            function.eval().requires_grad_(False)
+        where = device if own_device is None else torch.device(own_device)
+        if own_device is None and not offload:
+            for function in models:
+                function.to(device)
+            return
+        self.functions = [
+            PlacedReward(function, where, offload) if isinstance(function, nn.Module) else function
+            for function in self.functions
+        ]
 
     def __call__(self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Scores:
         """Score a batch, in float32 at least and without autocast.

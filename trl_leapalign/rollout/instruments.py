@@ -46,8 +46,11 @@ def instrumented(pipeline: DiffusionPipeline, recorder: Recorder) -> Iterator[No
 
 
 def _record_gradients(instance: Any, stack: ExitStack) -> None:
-    """Take the decorators off an instance's methods for a while."""
+    """Take the decorators off an instance's methods for a while, but those that the instance has replaced."""
+    own = vars(instance)
     for name, stripped, static in _methods_without_gradient(type(instance)):
+        if name in own:
+            continue
         stack.enter_context(temporary_attribute(instance, name, stripped if static else MethodType(stripped, instance)))
 
 

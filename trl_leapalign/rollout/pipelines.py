@@ -7,8 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.hooks import AlignDevicesHook
 from diffusers import DiffusionPipeline, SchedulerMixin
 from torch import nn
+from transformers import PreTrainedModel
+
+from .components import DENOISER_PREFIXES, components_of, modules_of, pipelines_of, schedulers_of
+from .quantization import keep_differentiable, load_quantized, read_quantization
+from .temporary import temporary_attribute
+
+__all__ = ["components_of", "modules_of", "pipelines_of", "schedulers_of", "temporary_attribute"]
 
 
 def load_pipeline(
@@ -19,7 +27,8 @@ def load_pipeline(
     Args:
         pipeline (DiffusionPipeline | str | Path): a pipeline, or its Hub id or path.
         device (torch.device): where it will run; sets the default dtype, bfloat16 but on the CPU.
-        init_kwargs (dict[str, Any]): arguments of `from_pretrained`.
+        init_kwargs (dict[str, Any]): arguments of `from_pretrained`; `load_in_4bit`, `load_in_8bit` and
+            `quantization_config` are understood as `quantization.read_quantization` says.
 
     Returns:
         DiffusionPipeline: on the device it was on or, when loaded, on the CPU.
@@ -31,9 +40,18 @@ def load_pipeline(
     if isinstance(pipeline, (str, Path)):
         dtype = init_kwargs.get("torch_dtype", torch.float32 if device.type == "cpu" else torch.bfloat16)
         dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
-        pipeline = DiffusionPipeline.from_pretrained(pipeline, **{**init_kwargs, "torch_dtype": dtype})
+        others, quantization = read_quantization({**init_kwargs, "torch_dtype": dtype})
+        if quantization is None:
+            pipeline = DiffusionPipeline.from_pretrained(pipeline, **others)
+        else:
+            pipeline = load_quantized(str(pipeline), quantization, device, others)
+        for module in modules_of(pipeline).values():
+            keep_differentiable(module)
     elif init_kwargs:
-        raise ValueError("model_init_kwargs has no effect on a pipeline that is loaded already. Leave it out.")
+        raise ValueError(
+            "model_init_kwargs has no effect on a pipeline that is loaded already. Leave it out, or pass the pipeline "
+            "by name. To quantize what is loaded, call trl_leapalign.rollout.quantization.quantize_pipeline."
+        )
     check_pipeline(pipeline)
     return pipeline
 
@@ -62,21 +80,41 @@ def check_pipeline(pipeline: DiffusionPipeline) -> None:
             "FlowMatchEulerDiscreteScheduler), a multistep scheduler with prediction_type='flow_prediction' and "
             "use_flow_sigmas=True, or a TrigFlow one, and a model trained for it (FLUX, SD3.5, Qwen-Image, Wan, ...)."
         )
-    offloaded = [key for key, module in modules_of(pipeline).items() if _is_offloaded(module)]
-    if offloaded or getattr(pipeline, "hf_device_map", None) is not None:
+    moved = [
+        key for key, module in modules_of(pipeline).items() if moves_weights(module) and may_carry_gradient(key, module)
+    ]
+    if moved:
         raise ValueError(
-            f"{name} moves weights between devices during the call (cpu offload or a device_map: "
-            f"{', '.join(offloaded) or pipeline.hf_device_map}), so the backward pass would not find them. Call "
-            "pipeline.remove_all_hooks(), leave group offloading out or load it without device_map, then "
-            "pipeline.to(device)."
+            f"{name} moves weights between devices during the call ({', '.join(moved)}: cpu offload, group offloading "
+            "or a device_map that offloads), so the backward pass would not find them: it needs the weights of each "
+            "layer where they were in the forward pass. Call pipeline.remove_all_hooks(), leave group offloading out "
+            "or exclude these modules from it. Text and image encoders may be offloaded: offload_text_encoders=True "
+            "does it."
         )
     if "output_type" not in inspect.signature(type(pipeline).__call__).parameters:
         raise ValueError(f"{name} cannot return tensors: its call has no output_type argument.")
 
 
-def _is_offloaded(module: nn.Module) -> bool:
+def may_carry_gradient(name: str, module: nn.Module) -> bool:
+    """Whether the reward's gradient may pass through a component: not through frozen encoders of prompts.
+
+    Args:
+        name (str): of the component.
+        module (nn.Module): the component. Models of transformers encode texts and images before the sampling.
+
+    Returns:
+        bool: True for denoisers, decoders, control nets and whatever is trained.
+    """
+    return name.startswith(DENOISER_PREFIXES) or not isinstance(module, PreTrainedModel)
+
+
+def moves_weights(module: nn.Module) -> bool:
+    """Whether hooks of accelerate or diffusers take a module's weights off the device between its calls."""
     registries = [part._diffusers_hook for part in module.modules() if hasattr(part, "_diffusers_hook")]
-    return getattr(module, "_hf_hook", None) is not None or any("group_offloading" in r.hooks for r in registries)
+    if any("group_offloading" in registry.hooks for registry in registries):
+        return True
+    hooks = [part._hf_hook for part in module.modules() if getattr(part, "_hf_hook", None) is not None]
+    return not all(isinstance(hook, AlignDevicesHook) and not hook.offload for hook in hooks)
 
 
 def is_flow_matching(scheduler: SchedulerMixin) -> bool:
@@ -116,56 +154,9 @@ def check_call_arguments(pipeline: DiffusionPipeline, names: Any) -> None:
         )
 
 
-def components_of(pipeline: DiffusionPipeline) -> dict[str, Any]:
-    """The components of a pipeline by name; also those with a default, which `pipeline.components` leaves out."""
-    registered = {name: getattr(pipeline, name, None) for name in pipeline.config if not name.startswith("_")}
-    return {**registered, **pipeline.components}
-
-
-def pipelines_of(pipeline: DiffusionPipeline) -> list[DiffusionPipeline]:
-    """The pipeline and those among its components."""
-    parts = [pipeline]
-    for component in components_of(pipeline).values():
-        if isinstance(component, DiffusionPipeline):
-            parts += pipelines_of(component)
-    return parts
-
-
-def schedulers_of(pipeline: DiffusionPipeline) -> list[SchedulerMixin]:
-    """The schedulers of a pipeline and of those among its components, each once."""
-    components = [component for part in pipelines_of(pipeline) for component in components_of(part).values()]
-    return list({id(c): c for c in components if isinstance(c, SchedulerMixin)}.values())
-
-
-def modules_of(pipeline: DiffusionPipeline) -> dict[str, nn.Module]:
-    """The modules of a pipeline and of those among its components, by name."""
-    return {
-        name: component
-        for part in pipelines_of(pipeline)
-        for name, component in components_of(part).items()
-        if isinstance(component, nn.Module)
-    }
-
-
 @contextmanager
 def quiet(pipeline: DiffusionPipeline) -> Iterator[None]:
     """Turn a pipeline's own progress bar off for a while."""
     bar = {**getattr(pipeline, "_progress_bar_config", {}), "disable": True}
     with temporary_attribute(pipeline, "_progress_bar_config", bar):
         yield
-
-
-@contextmanager
-def temporary_attribute(instance: Any, name: str, value: Any) -> Iterator[None]:
-    """Set an instance attribute past `__setattr__`, which pipelines and modules override."""
-    attributes = vars(instance)
-    missing = name not in attributes
-    previous = attributes.get(name)
-    attributes[name] = value
-    try:
-        yield
-    finally:
-        if missing:
-            del attributes[name]
-        else:
-            attributes[name] = previous

@@ -16,6 +16,7 @@ from ..prompts.seeds import Purpose, make_generator
 from .base_penalty import distances_to_base
 from .calls import NO_COLUMNS, batch_calls, sample_images, solver_noise
 from .decoders import checkpointed_decoders
+from .guidance import detached_unconditional_calls
 from .pipelines import modules_of, quiet
 from .recompute import WRITTEN_INTO, check_checkpointing, copies_of_saved_tensors
 from .recorder import RolloutOutput
@@ -36,6 +37,7 @@ class RolloutModel(nn.Module):
         draw_group_size (int): consecutive samples that share one choice of steps.
         base_penalty (bool): whether to measure the distance to the base model, whose adapters are off.
         columns (CallColumns): the columns of the metadata that go into the call.
+        unconditional_gradient (bool): whether the unconditional call of guidance has a gradient.
     """
 
     accepts_loss_kwargs = False
@@ -50,6 +52,7 @@ class RolloutModel(nn.Module):
         draw_group_size: int,
         base_penalty: bool = False,
         columns: CallColumns = NO_COLUMNS,
+        unconditional_gradient: bool = True,
     ):
         super().__init__()
         self.denoisers = nn.ModuleDict(denoisers)
@@ -60,6 +63,7 @@ class RolloutModel(nn.Module):
         self.draw_group_size = draw_group_size
         self.base_penalty = base_penalty
         self.columns = columns
+        self.unconditional_gradient = unconditional_gradient
         self.copies_saved_tensors = False
         self.apply_checkpoint: Callable[..., Any] | None = None  # other than torch's, while it is checked
         self.eval()
@@ -101,17 +105,25 @@ class RolloutModel(nn.Module):
 
     def _call(self, method: Method, indices: list[int], call_kwargs: dict[str, Any]) -> RolloutOutput:
         compared = self.denoisers.values() if self.base_penalty else ()
+        detached = () if self.unconditional_gradient else self.denoisers.values()
         with (
             solver_noise(self.seed, Purpose.NOISE, indices[0]),
             copies_of_saved_tensors() if self.copies_saved_tensors else nullcontext(),
             checkpointed_decoders(self.pipeline, self.apply_checkpoint) if self.checkpointing else nullcontext(),
             distances_to_base(compared, len(indices)) as distances,
+            detached_unconditional_calls(detached) as unconditional,
         ):
             output = run_rollout(
                 self.pipeline,
                 method,
                 method_generator=make_generator(self.seed, Purpose.STEPS, indices[0] // self.draw_group_size),
                 **call_kwargs,
+            )
+        if detached and not unconditional:
+            raise ValueError(
+                f"unconditional_gradient=False has no effect: {type(self.pipeline).__name__} makes no unconditional "
+                "call of its own with these settings. Guidance is off (FLUX and Qwen-Image need true_cfg_scale and a "
+                "negative_prompt in sample_kwargs), or both predictions come from one call. Leave it True."
             )
         copies = max(len(output.weights) // len(indices), 1)
         by_sample(output.images, copies * len(indices), type(self.pipeline).__name__)  # some take one prompt of several
