@@ -36,6 +36,7 @@ from .training.checkpoints import last_checkpoint, load_run, save_run
 from .training.dry_run import DryRun, dry_run
 from .training.guards import NothingLearnt, check_evaluation, check_kinds, check_optimizer, check_weights
 from .training.losses import below_threshold, limit_sample_gradients, reward_loss
+from .training.memory_report import MemoryReport
 from .training.memory_switches import MemorySwitches
 from .training.metrics import MetricBuffer, merge, peak_memory_gib, saturated, summarise
 
@@ -97,7 +98,8 @@ class LeapAlignTrainer(Trainer):
         check_reward_settings(reward_function, config.reward_weights, config.reward_threshold)
         self.pipeline = load_pipeline(pipeline, config.device, config.model_init_kwargs)
         check_call_arguments(self.pipeline, ["prompt", "generator", *config.call_kwargs()])
-        self.rewards = RewardSet(reward_function, config.reward_weights, config.reward_threshold)
+        named = {"activation_checkpointing": True} if config.activation_checkpointing else {}
+        self.rewards = RewardSet(reward_function, config.reward_weights, config.reward_threshold, named)
         self.image_samples_hook = image_samples_hook
         self.prompt_source = choose_prompts(
             config.prompt_column,
@@ -155,6 +157,7 @@ class LeapAlignTrainer(Trainer):
                 self.weight_average = WeightAverage(self.rollout_model, config.ema_decay)
                 self.callback_handler.callbacks.insert(0, self.weight_average)
             self.memory.place_rewards(self.rewards)
+            self.add_callback(MemoryReport(self))
             if config.dry_run:
                 self.dry_run()
 

@@ -7,12 +7,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from accelerate.hooks import remove_hook_from_module
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from .pipelines import components_of, schedulers_of, temporary_attribute
+from .components import components_of, schedulers_of
+from .pipelines import temporary_attribute
 
 METHODS = ("forward", "encode", "decode")
 QUANTIZED_LINEAR = ("Linear4bit", "Linear8bitLt", "QLinear")
@@ -51,7 +53,7 @@ def without_memory(module: nn.Module, mode: FakeTensorMode, dtype: torch.dtype |
         dtype (torch.dtype | None): of the plain layers; None is the module's own.
 
     Returns:
-        nn.Module: with the same hooks and settings.
+        nn.Module: with the same settings, without what moves weights between devices.
     """
     dtype = dtype or next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
     memo: dict[int, Any] = {}
@@ -59,9 +61,12 @@ def without_memory(module: nn.Module, mode: FakeTensorMode, dtype: torch.dtype |
         fake = _empty(tensor, mode)
         memo[id(tensor)] = nn.Parameter(fake, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else fake
     for part in module.modules():
+        for value in vars(part).values():  # tables that are no buffers
+            if isinstance(value, Tensor):
+                memo[id(value)] = _empty(value, mode)
         if _is_quantized(part):
             memo[id(part)] = _plain_linear(part, mode, dtype)
-    return copy.deepcopy(module, memo)
+    return remove_hook_from_module(copy.deepcopy(module, memo), recurse=True)
 
 
 def _empty(tensor: Tensor, mode: FakeTensorMode) -> Tensor:
@@ -83,6 +88,9 @@ def pipeline_without_memory(pipeline: DiffusionPipeline, mode: FakeTensorMode) -
     """A copy of a pipeline whose modules have no memory; its schedulers are copies too."""
     twin = copy.copy(pipeline)
     twin._internal_dict = copy.copy(pipeline._internal_dict)
+    for name, value in list(vars(twin).items()):  # methods replaced on the instance belong to the original
+        if callable(value) and callable(getattr(type(twin), name, None)):
+            del vars(twin)[name]
     schedulers = {id(each) for each in schedulers_of(pipeline)}
     for name, component in components_of(pipeline).items():
         if isinstance(component, nn.Module):

@@ -20,8 +20,9 @@ from ..adapters.lora import trained_parameters
 from ..methods import Method, Schedule
 from ..methods.flow import RECTIFIED
 from ..rewards.reward_model import RewardModel
+from ..rollout.components import components_of
 from ..rollout.decoders import checkpointed_decoders, decoders_of
-from ..rollout.pipelines import components_of, quiet
+from ..rollout.pipelines import quiet
 from ..rollout.shapes import ShapedCall, pipeline_without_memory, shaped_calls, shapes_mode, without_memory
 from .live_bytes import LiveBytes
 
@@ -49,6 +50,7 @@ class MemoryPlan:
         reward (float): activations of the reward.
         working (float): what is needed beside them where the most is needed.
         phase (str): where that is.
+        activations_peak (float): most memory of activations and gradients together.
         device_overhead (float): what the device's library takes.
     """
 
@@ -166,7 +168,7 @@ def plan_memory(
         MemoryPlan: by part.
 
     Raises:
-        ValueError: if the pipeline's call cannot run on shapes.
+        ValueError: if the pipeline's call, or an update, cannot run on shapes.
     """
     trained = [p for name in denoisers for p in trained_parameters(getattr(pipeline, name)).values()]
     modules = {name: part for name, part in components_of(pipeline).items() if isinstance(part, nn.Module)}
@@ -176,7 +178,13 @@ def plan_memory(
     for name in denoisers:
         sizes[name] -= sum(p.numel() * p.element_size() for p in trained_parameters(modules[name]).values()) / GIB
     sizes |= {name: size for name, size in (weights or {}).items() if name in sizes}
-    found = _activations(pipeline, denoisers, rewards, sample, method, num_steps, autocast)
+    try:
+        found = _activations(pipeline, denoisers, rewards, sample, method, num_steps, autocast)
+    except Exception as error:  # whatever looks at values
+        raise ValueError(
+            f"An update of {type(pipeline).__name__} cannot run on shapes alone ({type(error).__name__}: {error}), so "
+            "its memory cannot be planned."
+        ) from error
     phase, peak = max(found.peaks.items(), key=lambda item: item[1])
     return MemoryPlan(
         weights=sizes,
@@ -231,14 +239,8 @@ def _activations(
     """Run an update on shapes."""
     mode = shapes_mode()
     twin = pipeline_without_memory(pipeline, mode)
-    try:
-        with quiet(twin), shaped_calls(twin, mode) as calls, torch.no_grad():
-            images = sample(twin)
-    except Exception as error:
-        raise ValueError(
-            f"The call of {type(pipeline).__name__} cannot run on shapes alone ({type(error).__name__}: {error}), so "
-            "its memory cannot be planned."
-        ) from error
+    with quiet(twin), shaped_calls(twin, mode) as calls, torch.no_grad():
+        images = sample(twin)
     per_step = [call for call in calls if call.component in denoisers and call.method == "forward"]
     largest = max(per_step, key=lambda call: sum(leaf.numel() for leaf in _tensors(call)))
     schedule = Schedule(tuple(1 - step / num_steps for step in range(num_steps + 1)), RECTIFIED)
