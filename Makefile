@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 SHELL := /bin/bash
 
-.PHONY: quickstart test test-slow test-all kills pipelines lint format clean
+.PHONY: gpu quickstart test test-slow test-all kills pipelines lint format clean
 
 quickstart: .venv/ready  ## train the shapes pipeline for five minutes and show what it learnt
 	$(BIN)/python examples/quickstart.py
@@ -39,3 +39,9 @@ format: .venv/ready
 
 clean:
 	rm -rf .venv outputs
+
+gpu: .venv/ready  ## on a GPU: whole updates at published sizes, beside the plan of their memory; writes outputs/gpu
+	$(BIN)/python benchmarks/step.py --size sd3 --update --output_dir outputs/gpu
+	$(BIN)/python benchmarks/step.py --size wan --update --output_dir outputs/gpu
+	$(BIN)/python benchmarks/step.py --size flux --update --quantize nf4 --output_dir outputs/gpu
+	$(BIN)/python benchmarks/step.py --size qwen --update --quantize nf4 --output_dir outputs/gpu

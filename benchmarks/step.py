@@ -3,6 +3,8 @@
     python benchmarks/step.py --size cpu
     python benchmarks/step.py --size flux --steps 10 25 50      # FLUX.1-dev's sizes, random weights, on a GPU
     python benchmarks/step.py --size sd3 --steps 10 25 50       # SD3.5-M's
+    python benchmarks/step.py --size flux --device cpu --quantize nf4     # one whole update, plan against measured
+    python benchmarks/step.py --size wan --update                         # the same where there is a GPU
 
 The floor of a step is what no method with these denoiser calls can go below: the bare calls without and with gradients,
 the backward pass of the latter, and decoding and reward with theirs. The gradient comes from the reward, so the graphs
@@ -32,10 +34,13 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.sizes import SIZES, Size  # noqa: E402
+from benchmarks.true_sizes import TRUE_SIZES  # noqa: E402
+from benchmarks.update import OneUpdate  # noqa: E402
 from trl_leapalign import LeapAlignConfig, LeapAlignTrainer  # noqa: E402
 from trl_leapalign.methods import METHODS  # noqa: E402
 
 FULL = "full back-propagation"
+DEFAULT_STEPS = [10, 50]
 SETTINGS = {
     **{name: {"method": name} for name in METHODS},
     FULL: {"method": "draft", "method_kwargs": {"num_last_steps": None}},
@@ -80,6 +85,9 @@ def main() -> None:
     output = Path(arguments.output_dir)
     output.mkdir(parents=True, exist_ok=True)
     device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if arguments.update or arguments.quantize or (device.type == "cpu" and arguments.size in TRUE_SIZES):
+        measure_update(arguments, device, output)
+        return
     size = SIZES[arguments.size]
     measurements = []
     for num_steps in arguments.steps:
@@ -90,6 +98,22 @@ def main() -> None:
             write(output, arguments, device, measurements)
     draw_time(measurements, output / "time.png")
     draw_memory(measurements, output / "memory.png")
+
+
+def measure_update(arguments: argparse.Namespace, device: torch.device, output: Path) -> None:
+    """Make one whole update at a published model's size, and write time and memory beside the plan."""
+    steps = arguments.steps[0] if arguments.steps != DEFAULT_STEPS else None
+    update = OneUpdate(arguments.size, arguments.quantize, arguments.pixels, steps, str(device)).run()
+    ratio = update.peak / update.planned
+    print(
+        f"{update.size}, {update.quantize or 'bfloat16'}, {update.pixels} pixels, {update.num_steps} steps: "
+        f"{update.seconds:.0f} s, {update.before:.2f} GiB before, peak {update.peak:.2f} GiB = {ratio:.3f} x plan of "
+        f"{update.planned:.2f} GiB (libraries, not counted: {update.libraries:.2f} GiB)",
+        flush=True,
+    )
+    report = {**environment(arguments, device), "update": asdict(update)}
+    name = f"update_{update.size}_{update.quantize or 'bfloat16'}.json"
+    (output / name).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
 
 
 def measure(
@@ -266,18 +290,32 @@ def describe(measurement: Measurement) -> str:
 
 def write(output: Path, arguments: argparse.Namespace, device: torch.device, measurements: list[Measurement]) -> None:
     """Write all measurements with what they were made on."""
+    report = {**environment(arguments, device), "measurements": [asdict(each) for each in measurements]}
+    (output / "step.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+
+
+def environment(arguments: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    """What measurements are made on."""
     commit = subprocess.run(
         ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=ROOT, check=False
     )
-    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
-    report = {
+    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_model()
+    return {
         "commit": commit.stdout.strip(),
         "hardware": f"{hardware}, {torch.get_num_threads()} CPU threads",
         "torch": torch.__version__,
         "arguments": vars(arguments),
-        "measurements": [asdict(each) for each in measurements],
     }
-    (output / "step.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+
+
+def cpu_model() -> str:
+    """Name of the processor, where the system tells."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    names = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    if "model name" not in names:
+        return platform.machine()
+    return f"{names['model name']} (family {names.get('cpu family')}, model {names.get('model')})"
 
 
 def draw_time(measurements: list[Measurement], path: Path) -> None:
@@ -308,11 +346,14 @@ def draw_memory(measurements: list[Measurement], path: Path) -> None:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--size", choices=SIZES, default="cpu")
+    parser.add_argument("--size", choices=sorted({*SIZES, *TRUE_SIZES}), default="cpu")
     parser.add_argument("--methods", nargs="+", choices=SETTINGS, default=list(SETTINGS))
-    parser.add_argument("--steps", nargs="+", type=int, default=[10, 50], help="floors are timed at the first")
+    parser.add_argument("--steps", nargs="+", type=int, default=DEFAULT_STEPS, help="floors are timed at the first")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--device", help="cuda if there is one, by default")
+    parser.add_argument("--update", action="store_true", help="one whole update, and the plan of its memory")
+    parser.add_argument("--quantize", choices=["nf4"], help="of the denoiser, in an update")
+    parser.add_argument("--pixels", type=int, help="height and width in an update")
     parser.add_argument("--output_dir", default="outputs/benchmark")
     return parser.parse_args()
 

@@ -70,6 +70,7 @@ from .training.guards import (
 )
 from .training.image_grid import ImageGrid
 from .training.losses import below_threshold, limit_sample_gradients, reward_loss
+from .training.memory_report import MemoryReport
 from .training.memory_switches import MemorySwitches
 from .training.metrics import MetricBuffer, merge, peak_memory_gib, saturated, summarise
 from .training.optimizers import EndInEvaluationMode, evaluation_mode, has_modes
@@ -143,7 +144,8 @@ class LeapAlignTrainer(HubPushes, Trainer):
         check_reward_settings(reward_function, config.reward_weights, config.reward_threshold)
         self.pipeline = load_pipeline(pipeline, config.device, config.model_init_kwargs)
         check_call_arguments(self.pipeline, ["prompt", "generator", *config.call_kwargs()])
-        self.rewards = RewardSet(reward_function, config.reward_weights, config.reward_threshold)
+        named = {"activation_checkpointing": True} if config.activation_checkpointing else {}
+        self.rewards = RewardSet(reward_function, config.reward_weights, config.reward_threshold, named)
         self.image_samples_hook = image_samples_hook
         self.prompt_source = choose_prompts(
             config.prompt_column,
@@ -216,6 +218,7 @@ class LeapAlignTrainer(HubPushes, Trainer):
             self.memory.place_rewards(self.rewards)
             if config.image_grid_steps is not None:
                 self.add_callback(ImageGrid(self, self._grid_rows(), config.image_grid_steps))
+            self.add_callback(MemoryReport(self))
             if config.dry_run:
                 self.dry_run()
 

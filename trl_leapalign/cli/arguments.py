@@ -116,6 +116,13 @@ class CheckArguments(ModelArguments):
     """Arguments of `trl-leapalign check`."""
 
     pipeline: str = field(metadata={"help": "Hub id or path of the pipeline, or MODULE:FUNCTION that returns one."})
+    memory: float | None = field(
+        default=None,
+        metadata={
+            "help": "GiB of a card: tell whether a training fits, by a plan that needs the configs of the pipeline "
+            "but no weights; nothing else is checked then."
+        },
+    )
 
 
 @dataclass

@@ -33,8 +33,8 @@ commands:
   train     train a pipeline with a reward
   compare   train several methods on the same prompts and seeds, and judge them ({SHAPES} by default)
   evaluate  score a pipeline on prompts, with or without an adapter, or compare evaluations that are there
-  check     check PIPELINE: tell whether it can be trained, and what to set
   vote      vote FOLDER: serve the page on which people vote on a training's pictures
+  check     check PIPELINE: tell whether it can be trained, and what to set; with --memory 24, whether it fits a card
 
 trl-leapalign COMMAND --help tells the options; those of all but evaluate and vote are also all settings of
 LeapAlignConfig.
@@ -167,6 +167,13 @@ def check(options: list[str]) -> None:
     if options and not options[0].startswith("-"):
         options = ["--pipeline", *options]
     arguments, config = _parse(CheckArguments, options, per_device_train_batch_size=2)
+    if arguments.memory is not None:
+        from .check_memory import check_memory
+
+        source = _pipeline(arguments) if _is_object(arguments.pipeline) else arguments.pipeline
+        text, fits = check_memory(source, config, arguments.memory, arguments.quantization)
+        print(text)
+        sys.exit(0 if fits else 1)
     prompts = config.train_prompts and _rows("train_prompts", config.train_prompts, config)
     pipeline = _pipeline(arguments)
     if config.log_level == "debug":

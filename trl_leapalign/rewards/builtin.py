@@ -43,11 +43,12 @@ def load_reward(name: str, **settings: Any) -> RewardModel:
     return REWARDS[name](**settings)
 
 
-def load_named(reward: RewardFunction | NamedReward | str) -> RewardFunction:
+def load_named(reward: RewardFunction | NamedReward | str, **settings: Any) -> RewardFunction:
     """Load a reward that is given by its name or will be loaded later, and pass on any other.
 
     Args:
         reward (RewardFunction | NamedReward | str): the reward.
+        **settings (Any): arguments of `load_reward` for one that is given by its name.
 
     Returns:
         RewardFunction: the reward function.
@@ -56,7 +57,7 @@ def load_named(reward: RewardFunction | NamedReward | str) -> RewardFunction:
         TypeError: if what was loaded cannot be called with images, prompts and metadata.
     """
     if isinstance(reward, str):
-        return load_reward(reward)
+        return load_reward(reward, **settings)
     if not isinstance(reward, NamedReward):
         return reward
     function = reward.load()

@@ -46,6 +46,8 @@ class RewardSet:
         weights (Sequence[float] | None): c_m of each; None is 1 for each.
         thresholds (Sequence[float | None] | None): lambda_m of each, on its own scale; None in the list is none. None
             for the list is the recommended one of each built-in reward, and none for others.
+        settings (dict[str, Any] | None): arguments of `load_reward` for those given by name, such as
+            `{"activation_checkpointing": True}`.
 
     Raises:
         TypeError: if one cannot be called with images, prompts and metadata, or weights or thresholds are no list.
@@ -59,11 +61,12 @@ class RewardSet:
         functions: RewardFunction | str | Sequence[RewardFunction | str],
         weights: Sequence[float] | None = None,
         thresholds: Sequence[float | None] | None = None,
+        settings: dict[str, Any] | None = None,
     ):
         listed = check_reward_settings(functions, weights, thresholds)
         self.weights = [1.0] * len(listed) if weights is None else list(weights)
         self.names = _unique([name_of(function) for function in listed])
-        self.functions = [load_named(item) for item in listed]
+        self.functions = [load_named(item, **(settings or {})) for item in listed]
         self.differentiable = [getattr(function, "differentiable", True) for function in self.functions]
         self.inputs = [_inputs(function) for function in self.functions]
         self.thresholds = list(map(_threshold, self.functions)) if thresholds is None else list(thresholds)

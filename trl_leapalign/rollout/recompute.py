@@ -24,7 +24,10 @@ def copies_of_saved_tensors() -> Iterator[None]:
 
 
 def check_checkpointing(
-    modules: Iterable[nn.Module], plain: Callable[[], Tensor], rollout: Callable[[], Tensor], trained: list[Tensor]
+    modules: Iterable[nn.Module],
+    plain: Callable[[], Tensor],
+    rollout: Callable[[Callable], Tensor],
+    trained: list[Tensor],
 ) -> None:
     """Check that recomputing activations changes neither the images nor the gradients.
 
@@ -34,7 +37,8 @@ def check_checkpointing(
     Args:
         modules (Iterable[nn.Module]): those diffusers models among them that have checkpointing enabled are checked.
         plain (Callable[[], Tensor]): samples images without gradients, when nothing is checkpointed.
-        rollout (Callable[[], Tensor]): samples the same images with a graph.
+        rollout (Callable[[Callable], Tensor]): samples the same images with a graph, and computes other blocks again
+            by what it is given, which is called as `apply(function, *args, **kwargs)`.
         trained (list[Tensor]): the parameters that are trained.
 
     Raises:
@@ -43,7 +47,7 @@ def check_checkpointing(
     expected = plain()
     try:
         with _verified(modules):
-            images = rollout()
+            images = rollout(_checkpoint)
             torch.autograd.grad(images.float().sum(), trained, allow_unused=True)
     except Exception as error:
         if isinstance(error, torch.OutOfMemoryError) or WRITTEN_INTO in str(error):
@@ -74,18 +78,19 @@ def _verified(modules: Iterable[nn.Module]) -> Iterator[None]:
             module.enable_gradient_checkpointing()
 
 
-def _checkpoint(block: nn.Module, *args: Any) -> Any:
+def _checkpoint(block: Callable, *args: Any, **kwargs: Any) -> Any:
     """Checkpoint a block, and compare its outputs when it is computed again."""
     first: list[Tensor] = []
 
-    def run(*args: Any) -> Any:
-        output = block(*args)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        output = block(*args, **kwargs)
         leaves = torch.utils._pytree.tree_leaves(output)
         sizes = [leaf.detach().float().abs().sum() for leaf in leaves if isinstance(leaf, Tensor)]
         if not first:
             first.extend(sizes)
         elif len(sizes) != len(first) or not torch.allclose(torch.stack(sizes), torch.stack(first), rtol=1e-3):
-            raise RuntimeError(f"a {type(block).__name__} returns something else when it is computed again")
+            name = getattr(block, "name", type(block).__name__)
+            raise RuntimeError(f"a {name} returns something else when it is computed again")
         return output
 
-    return checkpoint(run, *args, use_reentrant=False)
+    return checkpoint(run, *args, use_reentrant=False, **kwargs)

@@ -17,6 +17,7 @@ from ..prompts.columns import CallColumns
 from ..prompts.seeds import Purpose, make_generator
 from .base_penalty import distances_to_base
 from .calls import NO_COLUMNS, batch_calls, sample_images, solver_noise
+from .decoders import checkpointed_decoders
 from .guidance import detached_unconditional_calls
 from .hooks import check_repeatable
 from .pipelines import modules_of, quiet
@@ -78,7 +79,13 @@ class RolloutModel(nn.Module):
         self.near = near
         self.unconditional_gradient = unconditional_gradient
         self.copies_saved_tensors = False
+        self.apply_checkpoint: Callable[..., Any] | None = None  # other than torch's, while it is checked
         self.eval()
+
+    @property
+    def checkpointing(self) -> bool:
+        """Whether the denoisers compute their activations again in the backward pass; then the decoder does so too."""
+        return any(getattr(denoiser, "is_gradient_checkpointing", False) for denoiser in self.denoisers.values())
 
     def train(self, mode: bool = True) -> "RolloutModel":
         """Stay in eval mode: what is trained is what is sampled."""
@@ -126,6 +133,7 @@ class RolloutModel(nn.Module):
         with (
             solver_noise(self.seed, Purpose.NOISE, indices[0]),
             copies_of_saved_tensors() if self.copies_saved_tensors else nullcontext(),
+            checkpointed_decoders(self.pipeline, self.apply_checkpoint) if self.checkpointing else nullcontext(),
             distances_to_base(compared, len(indices)) as distances,
             detached_unconditional_calls(detached) as unconditional,
         ):
@@ -160,9 +168,16 @@ class RolloutModel(nn.Module):
         check_checkpointing(
             modules_of(self.pipeline).values(),
             lambda: self.sample(prompts, indices, metadata),
-            lambda: self.rollout(DRaFT(num_last_steps=1), prompts, indices, metadata).images,
+            lambda apply: self._checked_rollout(apply, prompts, indices, metadata),
             [parameter for parameter in self.parameters() if parameter.requires_grad],
         )
+
+    def _checked_rollout(self, apply: Callable[..., Any], *batch: Any) -> Tensor:
+        self.apply_checkpoint = apply
+        try:
+            return self.rollout(DRaFT(num_last_steps=1), *batch).images
+        finally:
+            self.apply_checkpoint = None
 
     def with_backward(self, run: Callable[[], T]) -> T:
         """Run something with a backward pass; again with copies if the pipeline wrote into what that needs.
