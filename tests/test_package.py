@@ -43,7 +43,7 @@ ALLOWED = {
     },
     "cli": {
         *("prompts", "methods", "rewards", "rollout", "adapters", "training", "evaluation", "comparison"),
-        *("leapalign_config", "leapalign_trainer"),
+        *("config_checks", "leapalign_config", "leapalign_trainer"),
     },
     "__init__": {"methods", "rollout", "leapalign_config", "leapalign_trainer"},
     "__main__": {"cli"},

@@ -79,7 +79,7 @@ def lora_of(*options):
     arguments, config = TrlParser((TrainArguments, LeapAlignConfig)).parse_args_and_config(
         ["--pipeline", "x", "--reward", "y", "--output_dir", "z", *options]
     )
-    from trl_leapalign.leapalign_config import read_dict
+    from trl_leapalign.config_checks import read_dict
 
     return arguments.lora_config(config, read_dict("lora", arguments.lora))
 

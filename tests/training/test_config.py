@@ -7,7 +7,7 @@ from transformers import HfArgumentParser, TrainingArguments
 from trl import TrlParser
 
 from trl_leapalign import LeapAlign, LeapAlignConfig
-from trl_leapalign.leapalign_config import UNSUPPORTED
+from trl_leapalign.config_checks import UNSUPPORTED
 
 OWN = [
     field for field in dataclasses.fields(LeapAlignConfig) if field.name not in TrainingArguments.__dataclass_fields__

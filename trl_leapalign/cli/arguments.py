@@ -7,7 +7,8 @@ from diffusers import DiffusionPipeline
 from peft import LoraConfig
 
 from ..adapters.lora import DEFAULT_RANK
-from ..leapalign_config import LeapAlignConfig, read_dict
+from ..config_checks import read_dict
+from ..leapalign_config import LeapAlignConfig
 from ..rollout.quantization import Quantization, quantize_pipeline
 
 

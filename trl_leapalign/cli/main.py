@@ -12,8 +12,9 @@ from typing import Any
 
 from peft import LoraConfig
 
+from ..config_checks import read_dict
 from ..evaluation.rows import read_if_geneval
-from ..leapalign_config import LeapAlignConfig, read_dict
+from ..leapalign_config import LeapAlignConfig
 from ..methods import METHODS
 from ..prompts.sources import load_prompts
 from ..rollout.pipelines import load_pipeline

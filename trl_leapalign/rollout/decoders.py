@@ -95,7 +95,7 @@ class _Outer:
             with nullcontext() if runs == 1 else _recomputed(blocks, self.apply):
                 return part(*args, **kwargs)
 
-        run.name = type(part).__name__
+        run.name = type(part).__name__  # type: ignore[attr-defined]
         return self.apply(run, *args, **kwargs)
 
 
@@ -132,7 +132,7 @@ class _Recomputed:
             ]
             return self.forward(*again, **{**named, **{key: _copied(value) for key, value in found_by_name.items()}})
 
-        run.name = self.name
+        run.name = self.name  # type: ignore[attr-defined]
         return self.apply(run, *args, **kwargs)
 
 

@@ -78,7 +78,7 @@ def _is_quantized(module: nn.Module) -> bool:
     return type(module).__name__ in QUANTIZED_LINEAR and hasattr(module, "in_features")
 
 
-def _plain_linear(layer: nn.Module, mode: FakeTensorMode, dtype: torch.dtype) -> nn.Linear:
+def _plain_linear(layer: Any, mode: FakeTensorMode, dtype: torch.dtype) -> nn.Linear:
     with mode:
         plain = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, dtype=dtype)
     return plain.requires_grad_(False).train(layer.training)
