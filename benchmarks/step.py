@@ -38,13 +38,18 @@ from benchmarks.true_sizes import TRUE_SIZES  # noqa: E402
 from benchmarks.update import OneUpdate  # noqa: E402
 from trl_leapalign import LeapAlignConfig, LeapAlignTrainer  # noqa: E402
 from trl_leapalign.methods import METHODS  # noqa: E402
+from trl_leapalign.rewards import BlackBox  # noqa: E402
 
 FULL = "full back-propagation"
 DEFAULT_STEPS = [10, 50]
+BLACK_BOX, DIFFERENTIABLE = "leapalign, black box, 2 images", "leapalign, 2 images"
+"""The same step without and with a gradient of the reward; a black box compares at least two images."""
 SETTINGS = {
     **{name: {"method": name} for name in METHODS},
     FULL: {"method": "draft", "method_kwargs": {"num_last_steps": None}},
     "leapalign, 4 pairs": {"method": "leapalign", "method_kwargs": {"pairs_per_rollout": 4}},
+    DIFFERENTIABLE: {"method": "leapalign", "per_device_train_batch_size": 2},
+    BLACK_BOX: {"method": "leapalign", "per_device_train_batch_size": 2, "samples_per_prompt": 2},
 }
 
 
@@ -92,7 +97,7 @@ def main() -> None:
     measurements = []
     for num_steps in arguments.steps:
         for method in arguments.methods:
-            with_floor = num_steps == arguments.steps[0]
+            with_floor = num_steps == arguments.steps[0] and method != BLACK_BOX  # its floor is the denoiser's alone
             measurements.append(measure(size, method, num_steps, device, arguments.repeats, with_floor))
             print(describe(measurements[-1]), flush=True)
             write(output, arguments, device, measurements)
@@ -121,8 +126,8 @@ def measure(
 ) -> Measurement:
     """Time a method's step beside its floor, and take its peak memory."""
     trainer = make_trainer(size, method, num_steps, device)
-    inputs = {"prompts": [size.prompt] * size.batch_size, "metadata": [{}] * size.batch_size, "indices": []}
-    inputs["indices"] = list(range(size.batch_size))
+    count = trainer.args.per_device_train_batch_size
+    inputs = {"prompts": [size.prompt] * count, "metadata": [{}] * count, "indices": list(range(count))}
 
     def step() -> None:
         train_once(trainer, inputs)
@@ -149,7 +154,6 @@ def make_trainer(size: Size, method: str, num_steps: int, device: torch.device) 
     config = LeapAlignConfig(
         output_dir="outputs/benchmark",
         max_steps=1,
-        per_device_train_batch_size=size.batch_size,
         sample_num_steps=num_steps,
         sample_height=size.pixels,
         sample_width=size.pixels,
@@ -159,11 +163,12 @@ def make_trainer(size: Size, method: str, num_steps: int, device: torch.device) 
         save_strategy="no",
         disable_tqdm=True,
         dry_run=False,
-        **SETTINGS[method],
+        **{"per_device_train_batch_size": size.batch_size, **SETTINGS[method]},
     )
     pipeline = size.make_pipeline().to(device)
     pipeline.set_progress_bar_config(disable=True)
-    return LeapAlignTrainer(pipeline, size.make_reward(), config, train_dataset=[size.prompt])
+    reward = BlackBox(size.make_reward()) if method == BLACK_BOX else size.make_reward()
+    return LeapAlignTrainer(pipeline, reward, config, train_dataset=[size.prompt])
 
 
 def train_once(trainer: LeapAlignTrainer, inputs: dict[str, list]) -> None:

@@ -1,5 +1,6 @@
 import json
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -38,6 +39,13 @@ def test_peak_memory_counts_saved_activations():
 
     few, many = (step.peak_mib(lambda depth=depth: run(depth), CPU) for depth in (4, 12))
     assert many - few == pytest.approx(8, rel=0.01)
+
+
+def test_a_black_box_needs_less_memory_than_a_differentiable_reward():
+    size = replace(TINY, pixels=64)  # whose decoder, and not the denoiser, needs most
+    boxed, smooth = (step.measure(size, name, 4, CPU, 1, False) for name in (step.BLACK_BOX, step.DIFFERENTIABLE))
+    assert boxed.calls == smooth.calls == (2, 2)
+    assert boxed.peak_mib < smooth.peak_mib
 
 
 @pytest.mark.parametrize("method", ["leapalign", "draft_lv", "refl", step.FULL])
