@@ -17,6 +17,7 @@ from peft import LoraConfig
 from torch import Tensor, nn
 from torch.utils.data import SequentialSampler
 from transformers import Trainer, TrainerCallback, set_seed
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from transformers.trainer_utils import HubStrategy, TrainOutput
 
 from .adapters.lora import prepare_denoisers, restored_on_error
@@ -37,6 +38,7 @@ from .training.dry_run import DryRun, dry_run
 from .training.guards import NothingLearnt, check_evaluation, check_kinds, check_optimizer, check_weights
 from .training.losses import below_threshold, limit_sample_gradients, reward_loss
 from .training.metrics import MetricBuffer, merge, peak_memory_gib, saturated, summarise
+from .training.sharding import gathered_state, load_optimizer_state, optimizer_state, shard_trainer, whole
 
 MOST_IDLE_UPDATES = 10
 
@@ -146,7 +148,7 @@ class LeapAlignTrainer(Trainer):
                 callbacks=callbacks,
                 optimizers=optimizers,
             )
-            self._refuse_sharding()
+            self.sharded = shard_trainer(self)
             check_optimizer(self.optimizer, self.rollout_model)
             self.pipeline.to(config.device)
             if config.ema_decay is not None:
@@ -223,7 +225,7 @@ class LeapAlignTrainer(Trainer):
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Tensor | float | None = None) -> Tensor | float:
         """Stop before the optimizer's step if something is not finite, or nothing was learnt for long."""
-        norm = super()._get_grad_norm(model, grad_norm)
+        norm = whole(super()._get_grad_norm(model, grad_norm))
         steps = self.args.gradient_accumulation_steps
         finite = self._metrics.latest("finite", steps).min()
         active = self._metrics.latest("below_threshold", steps).max()
@@ -400,14 +402,6 @@ class LeapAlignTrainer(Trainer):
 
     # Checks before training
 
-    def _refuse_sharding(self) -> None:
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            raise ValueError(
-                "FSDP and DeepSpeed shard the weights, which saving and the checks of each update do not support yet. "
-                "Train with DDP: choose multi-GPU without them in `accelerate config`. LoRA on a bfloat16 pipeline "
-                "with activation_checkpointing=True needs least memory."
-            )
-
     def _find_columns(self, config: LeapAlignConfig, eval_rows: Sequence[dict[str, Any]] | None) -> CallColumns:
         """Which columns go into the pipeline's call, checked on all prompts that are there."""
         rows: Any = self.prompt_source
@@ -459,20 +453,34 @@ class LeapAlignTrainer(Trainer):
         }
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        if not self.args.should_save:
+        if not self.args.should_save and not self.sharded:
             return
         check_weights(self.rollout_model)
         directory = Path(output_dir or self.args.output_dir)
         directory.mkdir(parents=True, exist_ok=True)
         with self._averaged():
-            save_trained(self.pipeline, self.denoisers, directory, self.args.full_finetuning)
+            states = {name: gathered_state(denoiser) for name, denoiser in self.denoisers.items()}
+            if self.args.should_save:
+                save_trained(self.pipeline, self.denoisers, directory, self.args.full_finetuning, states)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if self.args.should_save:
-            save_run(output_dir, self.rollout_model, self._run)
+        writes = self.args.should_save
+        if writes or self.sharded:
+            save_run(output_dir, self.rollout_model, self._run, writes)
             if self.weight_average is not None:
-                self.weight_average.save(output_dir)
+                self.weight_average.save(output_dir, writes)
         super()._save_optimizer_and_scheduler(output_dir)
+        if self.sharded:  # in place of this process's part, which Trainer wrote
+            state = optimizer_state(self.rollout_model, self.optimizer)
+            if writes:
+                torch.save(state, Path(output_dir) / OPTIMIZER_NAME)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if not self.sharded or checkpoint is None:
+            return super()._load_optimizer_and_scheduler(checkpoint)
+        state = torch.load(Path(checkpoint) / OPTIMIZER_NAME, "cpu", weights_only=True)
+        load_optimizer_state(self.rollout_model, self.optimizer, state)
+        self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         load_run(resume_from_checkpoint, self.rollout_model, self._run)

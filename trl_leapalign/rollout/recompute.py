@@ -44,7 +44,7 @@ def check_checkpointing(
     try:
         with _verified(modules):
             images = rollout()
-            torch.autograd.grad(images.float().sum(), trained, allow_unused=True)
+            gradients_of(images.float().sum(), trained)
     except Exception as error:
         if isinstance(error, torch.OutOfMemoryError) or WRITTEN_INTO in str(error):
             raise
@@ -58,6 +58,28 @@ def check_checkpointing(
             f"Gradient checkpointing changes the output of this pipeline by up to {difference:.2g}, so what is trained "
             "would not be what is sampled. Set activation_checkpointing=False."
         )
+
+
+def gradients_of(output: Tensor, parameters: list[Tensor], slope: Tensor | None = None) -> list[Tensor | None]:
+    """Differentiate by a backward pass, which sharded parameters need: they are no leaves of the graph.
+
+    Args:
+        output (Tensor): with graph.
+        parameters (list[Tensor]): whose `.grad` is afterwards what it was before.
+        slope (Tensor | None): gradient of the output; None for a scalar.
+
+    Returns:
+        list[Tensor | None]: gradients, None where there is none.
+    """
+    before = [parameter.grad for parameter in parameters]
+    for parameter in parameters:
+        parameter.grad = None
+    try:
+        output.backward(slope)
+        return [parameter.grad for parameter in parameters]
+    finally:
+        for parameter, gradient in zip(parameters, before, strict=True):
+            parameter.grad = gradient
 
 
 @contextmanager

@@ -10,21 +10,25 @@ from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_N
 from transformers.trainer_utils import sort_checkpoints
 
 from ..adapters.lora import trained_parameters
+from .sharding import as_sharded, whole
 
 TRAINED_FILE = "trained_parameters.safetensors"
 RUN_FILE = "run.json"
 FILES = (TRAINED_FILE, RUN_FILE, OPTIMIZER_NAME, SCHEDULER_NAME)
 
 
-def save_run(directory: str | Path, model: nn.Module, run: dict[str, Any]) -> None:
+def save_run(directory: str | Path, model: nn.Module, run: dict[str, Any], writes: bool = True) -> None:
     """Write the trained parameters and what must stay the same when the training is resumed.
 
     Args:
         directory (str | Path): the checkpoint's folder.
         model (nn.Module): its parameters that require gradients are written.
         run (dict[str, Any]): settings that decide which noise, steps and prompts an update sees, for JSON.
+        writes (bool): False in the other processes, which take part in gathering sharded parameters.
     """
-    parameters = {name: value.detach().cpu().contiguous() for name, value in trained_parameters(model).items()}
+    parameters = {name: whole(value.detach()).cpu().contiguous() for name, value in trained_parameters(model).items()}
+    if not writes:
+        return
     save_file(parameters, Path(directory) / TRAINED_FILE)
     (Path(directory) / RUN_FILE).write_text(json.dumps(run), encoding="utf-8")
 
@@ -62,7 +66,8 @@ def load_run(directory: str | Path, model: nn.Module, run: dict[str, Any]) -> No
             f"{directory} is not a checkpoint of this training: {len(shapes ^ expected)} parameters are not there, "
             f"surplus or of another shape, such as {sorted(shapes ^ expected)[:2]}. Resume with the same peft_config."
         )
-    model.load_state_dict(saved, strict=False)
+    parts = {name: as_sharded(value, trained[name].detach()) for name, value in saved.items()}
+    model.load_state_dict(parts, strict=False)
 
 
 def last_checkpoint(output_dir: str | Path) -> str:

@@ -11,8 +11,10 @@ from torch import Tensor, nn
 from ..adapters.lora import DENOISER_PREFIXES, trained_parameters
 from ..prompts.columns import takes_images
 from ..rewards import RewardSet, Scores, check_finite
+from ..rollout.recompute import gradients_of
 from ..rollout.recorder import RolloutOutput
 from ..rollout.rollout_model import RolloutModel, for_copies
+from .sharding import whole
 
 logger = logging.getLogger(__name__)
 
@@ -133,7 +135,7 @@ def check_gradients(
     slope = torch.stack(slopes).sum(0)
     trained = {name: trained_parameters(denoiser) for name, denoiser in denoisers.items()}
     parameters = [parameter for own in trained.values() for parameter in own.values()]
-    gradients = torch.autograd.grad(images, parameters, slope, allow_unused=True)
+    gradients = gradients_of(images, parameters, slope)
     found = {id(p): gradient for p, gradient in zip(parameters, gradients, strict=True) if gradient is not None}
     if not found:
         raise RuntimeError(
@@ -142,9 +144,9 @@ def check_gradients(
         )
     for name, own in trained.items():
         _check_reached(name, len(own), [key for key, parameter in own.items() if id(parameter) not in found])
-    if not all(gradient.isfinite().all() for gradient in (slope, *found.values())):
+    if not all(whole(gradient.isfinite().all()) for gradient in (slope, *found.values())):
         raise ValueError("The gradient of the reward is not finite on the untrained pipeline's images.")
-    if not may_underflow and not any(gradient.any() for gradient in found.values()):
+    if not may_underflow and not any(whole(gradient.any()) for gradient in found.values()):
         where = "already at the images: is the reward constant or rounded"
         if slope.any():
             where = "at the trained parameters: are all pixels saturated, or is the adapter's scale 0"
