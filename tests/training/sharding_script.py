@@ -1,4 +1,4 @@
-"""Run by test_sharding.py, in one process or in several with FSDP: trains, resumes, evaluates, and writes what it saw."""
+"""Run by test_sharding.py, in one process or in several with FSDP: trains, resumes, evaluates, writes what it saw."""
 
 import json
 import sys

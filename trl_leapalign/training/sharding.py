@@ -1,4 +1,4 @@
-"""FSDP2: each process keeps a part of the denoisers' weights, gradients and optimizer, and gathers a block to run it."""
+"""FSDP2: each process keeps a part of the denoisers' weights, gradients and optimizer, and gathers a block to run."""
 
 from typing import Any
 
