@@ -387,6 +387,8 @@ class LeapAlignConfig(TrainingArguments):
                 setattr(self, name, [float(value)])
         if str(self.resume_from_checkpoint).lower() in ("true", "false"):  # as the command line gives them
             self.resume_from_checkpoint = True if str(self.resume_from_checkpoint).lower() == "true" else None
+        if self.ddp_broadcast_buffers is None:  # they never change
+            self.ddp_broadcast_buffers = False
         self.pipeline_columns = read_columns(self.pipeline_columns)
         if isinstance(self.denoisers, str):
             self.denoisers = [self.denoisers]

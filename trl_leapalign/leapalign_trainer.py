@@ -4,7 +4,7 @@ import copy
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,6 @@ from transformers.trainer_utils import TrainOutput
 from .adapters.lora import check_active, prepare_denoisers
 from .adapters.model_card import TrainedModel, write_model_card
 from .adapters.restored import random_state_restored_on_error, restored_on_error
-from .adapters.saving import save_trained
 from .evaluation.evaluators import check_rows, named_rewards
 from .evaluation.rows import read_if_geneval
 from .evaluation.scoring import scored_batches
@@ -46,14 +45,6 @@ from .rollout.pipelines import check_call_arguments, load_pipeline, quiet
 from .rollout.recorder import RolloutOutput
 from .rollout.rollout_model import RolloutModel, end_latents, for_copies
 from .training.callbacks import WeightAverage
-from .training.checkpoints import (
-    begin_checkpoint,
-    load_parameters,
-    only_writing,
-    rotate_checkpoints,
-    save_run,
-    seal_checkpoint,
-)
 from .training.dry_run import DryRun, dry_run
 from .training.groups import Compared, FlatUpdates, Groups
 from .training.guards import (
@@ -73,10 +64,12 @@ from .training.losses import below_threshold, limit_sample_gradients, reward_los
 from .training.memory_report import MemoryReport
 from .training.memory_switches import MemorySwitches
 from .training.metrics import MetricBuffer, merge, peak_memory_gib, saturated, summarise
-from .training.optimizers import EndInEvaluationMode, evaluation_mode, has_modes
+from .training.optimizers import EndInEvaluationMode, evaluation_mode
 from .training.process import check_gradients_possible, prepare_process
 from .training.publishing import HubPushes
-from .training.resuming import base_weights, choose_checkpoint, describe_run, load_run
+from .training.resuming import choose_checkpoint
+from .training.saving import TrainingSaves
+from .training.sharding import shard_trainer, whole
 from .training.trackers import live_tracker
 
 MOST_IDLE_UPDATES = 10
@@ -86,7 +79,7 @@ MOST_SHOWN = 64
 ImageSamplesHook = Callable[[list[tuple], int, GeneralTracker | None], None]
 
 
-class LeapAlignTrainer(HubPushes, Trainer):
+class LeapAlignTrainer(TrainingSaves, HubPushes, Trainer):
     """Aligns a flow-matching pipeline with a differentiable reward, by LeapAlign or another direct-gradient method.
 
     Arguments are those of TRL's DDPOTrainer in a new order; the training loop is that of `transformers.Trainer`. After
@@ -205,7 +198,9 @@ class LeapAlignTrainer(HubPushes, Trainer):
                 callbacks=callbacks,
                 optimizers=optimizers,
             )
-            self._refuse_sharding()
+            if self.is_fsdp_enabled:
+                self._base_weights  # noqa: B018  read before they are divided
+            self.sharded = shard_trainer(self)
             check_optimizer(self.optimizer, self.rollout_model, config.ema_decay)
             self._given_optimizer = self.optimizer
             check_optimizer_settings(self)
@@ -296,7 +291,7 @@ class LeapAlignTrainer(HubPushes, Trainer):
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Tensor | float | None = None) -> Tensor | float:
         """Stop before the optimizer's step if something is not finite, or nothing was learnt for long."""
-        norm = super()._get_grad_norm(model, grad_norm)
+        norm = whole(super()._get_grad_norm(model, grad_norm))
         steps = self.args.gradient_accumulation_steps
         finite = self._metrics.latest("finite", steps).min()
         active = self._metrics.latest("below_threshold", steps).max()
@@ -509,14 +504,6 @@ class LeapAlignTrainer(HubPushes, Trainer):
 
     # Checks before training
 
-    def _refuse_sharding(self) -> None:
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            raise ValueError(
-                "FSDP and DeepSpeed shard the weights, which saving and the checks of each update do not support yet. "
-                "Train with DDP: choose multi-GPU without them in `accelerate config`. LoRA on a bfloat16 pipeline "
-                "with activation_checkpointing=True needs least memory."
-            )
-
     def _find_columns(self, config: LeapAlignConfig, eval_rows: Any) -> CallColumns:
         """Which columns go into the pipeline's call, checked on all prompts that are there."""
         rows: Any = self.prompt_source
@@ -552,69 +539,6 @@ class LeapAlignTrainer(HubPushes, Trainer):
                 checkpointing=self.args.activation_checkpointing,
                 may_underflow=self.accelerator.scaler is not None,
             )
-
-    # Saving
-
-    @cached_property
-    def _base_weights(self) -> dict[str, str]:
-        return base_weights(self.pipeline)
-
-    @cached_property
-    def _run(self) -> dict[str, Any]:
-        parts = (self.args, self.rollout_model, self.rewards, self.train_dataset, self._base_weights)
-        return describe_run(*parts, self._given_optimizer)
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        check_weights(self.rollout_model)
-        folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
-        if self.args.should_save:
-            begin_checkpoint(folder)
-        self.accelerator.wait_for_everyone()
-        with only_writing(self.args):
-            super()._save_checkpoint(model, trial)
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            seal_checkpoint(folder)
-        self.accelerator.wait_for_everyone()
-        if self.args.push_to_hub:
-            self._push_from_checkpoint(str(folder))
-        if self.args.should_save:
-            rotate_checkpoints(folder.parent, self.args.save_total_limit, self.state.best_model_checkpoint)
-
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        if not self.args.should_save:
-            return
-        check_weights(self.rollout_model)
-        directory = Path(output_dir or self.args.output_dir)
-        directory.mkdir(parents=True, exist_ok=True)
-        with self._averaged():
-            save_trained(self.pipeline, self.denoisers, directory, self.args.full_finetuning)
-
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if self.args.should_save:
-            save_run(output_dir, self.rollout_model, {**self._run, "updates": self.state.global_step})
-            if self.weight_average is not None:
-                self.weight_average.save(output_dir)
-        super()._save_optimizer_and_scheduler(output_dir)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        load_run(resume_from_checkpoint, self.rollout_model, self._run)
-        if self.weight_average is not None:
-            self.weight_average.load(resume_from_checkpoint)
-
-    def _init_training_state(self, max_steps: int, *arguments: Any) -> tuple[int, int]:
-        position = super()._init_training_state(max_steps, *arguments)
-        self.state.compute_steps(self.args, max_steps)  # the checkpoint's logging_steps and the like do not count
-        return position
-
-    def _load_best_model(self) -> None:
-        self.accelerator.wait_for_everyone()
-        best = choose_checkpoint(self.state.best_model_checkpoint, self.args)
-        load_parameters(best, self.rollout_model)
-        if self.weight_average is not None:
-            self.weight_average.load(best)
-        if has_modes(self.optimizer):
-            self._load_optimizer_and_scheduler(best)
 
     def create_model_card(self, **metadata: Any) -> None:
         """Write the card of the trained weights into `output_dir`.

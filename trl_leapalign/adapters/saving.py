@@ -25,18 +25,19 @@ LORA_FILE = "pytorch_lora_weights.safetensors"
 PEFT_PREFIX = "base_model.model."
 
 
-def lora_state_dict(denoiser: nn.Module) -> tuple[dict[str, Tensor], dict]:
+def lora_state_dict(denoiser: nn.Module, state: dict[str, Tensor] | None = None) -> tuple[dict[str, Tensor], dict]:
     """Read an adapter so that it means the same everywhere: alpha equals the rank, the scale is in lora_B.
 
     Args:
         denoiser (nn.Module): a diffusers model with one adapter.
+        state (dict[str, Tensor] | None): its gathered trained weights, where they are sharded.
 
     Returns:
         tuple[dict[str, Tensor], dict]: weights by name, on the CPU, and the PEFT configuration that fits them.
     """
     adapter = adapter_name(denoiser)
     weights = {}
-    for key, value in get_peft_model_state_dict(denoiser, adapter_name=adapter).items():
+    for key, value in get_peft_model_state_dict(denoiser, state, adapter_name=adapter).items():
         layer, _, kind = key.rpartition(".lora_")
         if kind.startswith(("B.", "embedding_B")):
             value = value * denoiser.get_submodule(layer).scaling[adapter]
@@ -47,7 +48,11 @@ def lora_state_dict(denoiser: nn.Module) -> tuple[dict[str, Tensor], dict]:
 
 
 def save_trained(
-    pipeline: DiffusionPipeline, denoisers: dict[str, nn.Module], directory: str | Path, full_finetuning: bool
+    pipeline: DiffusionPipeline,
+    denoisers: dict[str, nn.Module],
+    directory: str | Path,
+    full_finetuning: bool,
+    states: dict[str, dict[str, Tensor] | None] | None = None,
 ) -> None:
     """Save the trained weights in the format that diffusers loads, read them back and compare.
 
@@ -59,17 +64,20 @@ def save_trained(
         denoisers (dict[str, nn.Module]): unwrapped modules by component name.
         directory (str | Path): the folder to write into.
         full_finetuning (bool): whether all weights were trained.
+        states (dict[str, dict[str, Tensor] | None] | None): by component, the gathered trained weights of those that
+            are sharded.
 
     Raises:
         RuntimeError: if what is read back differs from what was trained.
     """
-    directory = Path(directory)
+    directory, states = Path(directory), states or {}
     if full_finetuning:
         for name, denoiser in denoisers.items():
+            denoiser = _plain_copy(denoiser, states.get(name))
             denoiser.save_pretrained(directory / name)
             _compare(_SavedTensors(directory / name), denoiser.state_dict(), directory / name)
         return
-    adapters = {name: lora_state_dict(denoiser) for name, denoiser in denoisers.items()}
+    adapters = {name: lora_state_dict(denoiser, states.get(name)) for name, denoiser in denoisers.items()}
     if saved_by_pipeline(pipeline, denoisers):
         _save_with_pipeline(pipeline, adapters, directory)
     else:
@@ -79,6 +87,17 @@ def save_trained(
             *(type(pipeline).__name__, ", ".join(denoisers)),
             "; ".join(loading_lines(pipeline, denoisers, str(directory))),
         )
+
+
+def _plain_copy(denoiser: nn.Module, state: dict[str, Tensor] | None) -> nn.Module:
+    """The denoiser or, if it is sharded, one of its original class that holds the gathered weights."""
+    if state is None:
+        return denoiser
+    original = type(denoiser).__bases__[-1]  # fully_shard() put a class of its own in front
+    with torch.device("meta"):
+        copy = original.from_config(denoiser.config)
+    copy.load_state_dict(state, assign=True)
+    return copy
 
 
 def loading_lines(pipeline: DiffusionPipeline, denoisers: dict[str, nn.Module], source: str) -> list[str]:
@@ -178,6 +197,7 @@ class _SavedTensors(Mapping):
 def _compare(saved: Mapping[str, Tensor], expected: dict[str, Tensor], where: Path) -> None:
     wrong = list(saved.keys() ^ expected.keys())
     wrong += [key for key in saved.keys() & expected.keys() if not torch.equal(saved[key], expected[key].cpu())]
+    wrong += [key for key, value in saved.items() if not value.numel()]
     if wrong:
         raise RuntimeError(
             f"{where} does not hold the weights that were trained: {len(wrong)} tensors are missing, surplus or "

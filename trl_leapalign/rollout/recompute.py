@@ -1,6 +1,6 @@
 """What pipelines do that would make a backward pass fail or be wrong: noticed before training. Pure torch."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -48,7 +48,7 @@ def check_checkpointing(
     try:
         with _verified(modules):
             images = rollout(_checkpoint)
-            torch.autograd.grad(images.float().sum(), trained, allow_unused=True)
+            gradients_of([images.float().sum()], trained)
     except Exception as error:
         if isinstance(error, torch.OutOfMemoryError) or WRITTEN_INTO in str(error):
             raise
@@ -62,6 +62,30 @@ def check_checkpointing(
             f"Gradient checkpointing changes the output of this pipeline by up to {difference:.2g}, so what is trained "
             "would not be what is sampled. Set activation_checkpointing=False."
         )
+
+
+def gradients_of(
+    outputs: Sequence[Tensor], parameters: Sequence[Tensor], slopes: Sequence[Tensor] | None = None
+) -> list[Tensor | None]:
+    """Differentiate by a backward pass, which sharded parameters need: they are no leaves of the graph.
+
+    Args:
+        outputs (Sequence[Tensor]): with graph.
+        parameters (Sequence[Tensor]): whose `.grad` is afterwards what it was before.
+        slopes (Sequence[Tensor] | None): gradient of each output; None for scalars.
+
+    Returns:
+        list[Tensor | None]: gradients, None where there is none.
+    """
+    before = [parameter.grad for parameter in parameters]
+    for parameter in parameters:
+        parameter.grad = None
+    try:
+        torch.autograd.backward(tuple(outputs), None if slopes is None else tuple(slopes))
+        return [parameter.grad for parameter in parameters]
+    finally:
+        for parameter, gradient in zip(parameters, before, strict=True):
+            parameter.grad = gradient
 
 
 @contextmanager

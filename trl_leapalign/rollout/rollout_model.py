@@ -1,7 +1,7 @@
 """The module that is trained: it owns the denoisers, and its forward is the rollout."""
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -195,6 +195,18 @@ class RolloutModel(nn.Module):
                 raise
         self.copies_saved_tensors = True
         return run()
+
+    @contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Let sharded denoisers accumulate gradients without reducing them; called by Accelerate."""
+        sharded: list[Any] = [part for part in self.denoisers.values() if hasattr(part, "set_requires_gradient_sync")]
+        for part in sharded:
+            part.set_requires_gradient_sync(False)
+        try:
+            yield
+        finally:
+            for part in sharded:
+                part.set_requires_gradient_sync(True)
 
     def activation_checkpointing_enable(self, **kwargs: Any) -> None:
         """Called by Trainer; the trainer has enabled it already, with what diffusers calls it."""

@@ -11,6 +11,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 from ..media import save_sample
+from .sharding import as_sharded, whole
 
 AVERAGE_FILE = "weight_average.pt"
 
@@ -44,14 +45,20 @@ class WeightAverage(TrainerCallback):
         finally:
             self.average.restore(self.parameters)
 
-    def save(self, directory: str | Path) -> None:
-        """Write the average into a checkpoint."""
-        torch.save(self.average.state_dict(), Path(directory) / AVERAGE_FILE)
+    def save(self, directory: str | Path, writes: bool = True) -> None:
+        """Write the average into a checkpoint; other processes than the first help to gather it."""
+        state = self.average.state_dict()
+        state["shadow_params"] = [whole(value) for value in state["shadow_params"]]
+        if writes:
+            torch.save(state, Path(directory) / AVERAGE_FILE)
 
     def load(self, directory: str | Path) -> None:
         """Read the average of a checkpoint that has one of the same decay."""
         device = self.parameters[0].device
-        self.average.load_state_dict(torch.load(Path(directory) / AVERAGE_FILE, device, weights_only=True))
+        state = torch.load(Path(directory) / AVERAGE_FILE, device, weights_only=True)
+        pairs = zip(state["shadow_params"], self.parameters, strict=True)
+        state["shadow_params"] = [as_sharded(value, parameter.detach()) for value, parameter in pairs]
+        self.average.load_state_dict(state)
 
 
 class SampleFiles:

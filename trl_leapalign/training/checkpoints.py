@@ -22,6 +22,7 @@ from torch import nn
 from transformers.trainer_utils import sort_checkpoints
 
 from ..adapters.lora import adapter_name, trained_parameters
+from .sharding import as_sharded, whole
 
 logger = logging.getLogger(__name__)
 
@@ -196,15 +197,18 @@ def find_problem(directory: str | Path, digests: bool = True) -> str | None:
     return None
 
 
-def save_run(directory: str | Path, model: nn.Module, run: dict[str, Any]) -> None:
+def save_run(directory: str | Path, model: nn.Module, run: dict[str, Any], writes: bool = True) -> None:
     """Write the trained parameters, and what the training was made with.
 
     Args:
         directory (str | Path): the checkpoint's folder.
         model (nn.Module): its parameters that require gradients are written.
         run (dict[str, Any]): see `resuming.describe_run`.
+        writes (bool): False in the other processes, which take part in gathering sharded parameters.
     """
-    parameters = {name: value.detach().cpu().contiguous() for name, value in named_parameters(model).items()}
+    parameters = {name: whole(value.detach()).cpu().contiguous() for name, value in named_parameters(model).items()}
+    if not writes:
+        return
     save_file(parameters, Path(directory) / TRAINED_FILE)
     (Path(directory) / RUN_FILE).write_text(json.dumps(run, indent=1), encoding="utf-8")
 
@@ -236,7 +240,7 @@ def load_parameters(directory: str | Path, model: nn.Module) -> None:
                 "peft_config."
             )
         for name, parameter in trained.items():
-            parameter.copy_(file.get_tensor(name))
+            parameter.copy_(as_sharded(file.get_tensor(name), parameter.detach()))
 
 
 def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

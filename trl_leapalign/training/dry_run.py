@@ -12,9 +12,11 @@ from ..adapters.lora import DENOISER_PREFIXES, trained_parameters
 from ..prompts.columns import takes_images
 from ..rewards import RewardSet, Scores, check_finite
 from ..rollout.pipelines import components_of
+from ..rollout.recompute import gradients_of
 from ..rollout.recorder import RolloutOutput
 from ..rollout.rollout_model import RolloutModel, end_latents, for_copies
 from .guards import no_gradients_added
+from .sharding import whole
 
 logger = logging.getLogger(__name__)
 
@@ -161,7 +163,7 @@ def check_gradients(
         slopes[used] = slopes[used] + found[used]
     trained = {name: trained_parameters(denoiser) for name, denoiser in denoisers.items()}
     parameters = [parameter for own in trained.values() for parameter in own.values()]
-    gradients = torch.autograd.grad(ends, parameters, slopes, allow_unused=True)
+    gradients = gradients_of(ends, parameters, slopes)
     found = {id(p): gradient for p, gradient in zip(parameters, gradients, strict=True) if gradient is not None}
     if not found:
         raise RuntimeError(
@@ -170,9 +172,9 @@ def check_gradients(
         )
     for name, own in trained.items():
         _check_reached(name, len(own), [key for key, parameter in own.items() if id(parameter) not in found])
-    if not all(gradient.isfinite().all() for gradient in (*slopes, *found.values())):
+    if not all(whole(gradient.isfinite().all()) for gradient in (*slopes, *found.values())):
         raise ValueError("The gradient of the reward is not finite on the untrained pipeline's images.")
-    if not may_underflow and not any(gradient.any() for gradient in found.values()):
+    if not may_underflow and not any(whole(gradient.any()) for gradient in found.values()):
         where = "already at the images: is the reward constant or rounded"
         if any(slope.any() for slope in slopes):
             where = (

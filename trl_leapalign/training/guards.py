@@ -14,6 +14,7 @@ from transformers import Trainer, TrainerCallback
 from ..adapters.lora import trained_parameters
 from ..leapalign_config import LeapAlignConfig
 from .optimizers import has_modes
+from .sharding import whole
 
 
 class NothingLearnt(RuntimeError):
@@ -222,7 +223,7 @@ def check_weights(model: nn.Module) -> None:
     Args:
         model (nn.Module): its parameters that require gradients are trained.
     """
-    broken = [name for name, value in trained_parameters(model).items() if not value.isfinite().all()]
+    broken = [name for name, value in trained_parameters(model).items() if not whole(value.isfinite().all())]
     if broken:
         raise FloatingPointError(
             f"{len(broken)} trained weights are not finite, such as {broken[0]}. The learning_rate is too high: "
