@@ -151,6 +151,7 @@ class LeapAlignConfig(TrainingArguments):
     > - `save_steps`: 50.
     > - `dataloader_pin_memory`: False, as prompts are no tensors.
     > - `remove_unused_columns`: False, the only value that is possible.
+    > - `ddp_broadcast_buffers`: False, as buffers never change.
     """
 
     num_train_epochs: float | None = field(
@@ -166,6 +167,9 @@ class LeapAlignConfig(TrainingArguments):
     save_steps: float = field(default=50, metadata={"help": "Save a checkpoint every so many updates."})
     dataloader_pin_memory: bool = field(default=False, metadata={"help": "Pin memory for prompts; no use in it."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "Must be False: columns are metadata."})
+    ddp_broadcast_buffers: bool | None = field(
+        default=False, metadata={"help": "Let DDP send buffers, which never change, from the first process to all."}
+    )
 
     # Parameters that control the sampling
     sample_num_steps: int = field(
@@ -387,8 +391,6 @@ class LeapAlignConfig(TrainingArguments):
                 setattr(self, name, [float(value)])
         if str(self.resume_from_checkpoint).lower() in ("true", "false"):  # as the command line gives them
             self.resume_from_checkpoint = True if str(self.resume_from_checkpoint).lower() == "true" else None
-        if self.ddp_broadcast_buffers is None:  # they never change
-            self.ddp_broadcast_buffers = False
         self.pipeline_columns = read_columns(self.pipeline_columns)
         if isinstance(self.denoisers, str):
             self.denoisers = [self.denoisers]

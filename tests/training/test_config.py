@@ -22,6 +22,7 @@ CHANGED = {
     "save_steps": 50,
     "dataloader_pin_memory": False,
     "remove_unused_columns": False,
+    "ddp_broadcast_buffers": False,
 }
 
 
