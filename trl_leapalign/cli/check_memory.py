@@ -11,20 +11,18 @@ import torch
 from diffusers import DiffusionPipeline, ModelMixin
 from huggingface_hub import snapshot_download
 from torch import nn
-from transformers import CLIPConfig, CLIPModel, PreTrainedModel
+from transformers import PreTrainedModel
 
 from ..adapters.lora import prepare_denoisers
 from ..leapalign_config import LeapAlignConfig
-from ..rewards.clip import CLIPReward
 from ..rollout.components import components_of
 from ..training.memory_plan import GIB, SHAPED_STEPS, held, plan_memory
 from ..training.memory_report import advice_for
+from ..training.planned_reward import clip_huge
 
 CONFIG_FILES = ["*.json", "*.txt", "*.model", "*.jinja"]
 BYTES_4BIT, BYTES_NESTED, BYTES_8BIT = 0.5625, 0.516, 1.01
 LARGE_ENCODER = 2 * GIB
-VISION = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 16}
-TEXT = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
 
 
 def check_memory(
@@ -126,21 +124,6 @@ def _made(make: Callable[[], nn.Module], dtype: torch.dtype) -> nn.Module:
             return make().eval()
     finally:
         torch.set_default_dtype(before)
-
-
-def clip_huge(activation_checkpointing: bool) -> CLIPReward:
-    """A reward of CLIP ViT-H/14's size, whose prompts cost nothing."""
-    text = {**TEXT, "projection_dim": 1024}
-    vision = {**VISION, "image_size": 224, "patch_size": 14, "projection_dim": 1024}
-    model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=1024))
-    return PlannedReward(model, None, activation_checkpointing=activation_checkpointing)
-
-
-class PlannedReward(CLIPReward):
-    """A CLIP reward without a tokenizer."""
-
-    def encode_prompt(self, prompt: str) -> torch.Tensor:
-        return torch.empty(self.model.config.projection_dim)
 
 
 def _quantized(pipeline: DiffusionPipeline, denoisers: list[str], options: dict[str, Any]) -> dict[str, float]:
