@@ -43,7 +43,7 @@ NUMBERS = {
         (
             *("sample_num_steps", "eval_num_steps", "sample_height", "sample_width", "draw_group_size"),
             "samples_per_prompt",
-            *("image_grid_steps", "image_grid_prompts"),
+            *("image_grid_steps", "image_grid_prompts", "watch_steps", "watch_prompts"),
         ),
         Range(1, whole=True),
     ),
@@ -114,6 +114,15 @@ class LeapAlignConfig(TrainingArguments):
             their average. None reports none.
         image_grid_prompts (`int`, *optional*, defaults to `4`):
             Prompts of that picture.
+        watch_steps (`int`, *optional*):
+            Every so many updates, log how diverse pictures of the first prompts (of evaluation, else of training) are
+            with fixed noise, and how far from the base's. None watches nothing.
+        watch_prompts (`int`, *optional*, defaults to `4`):
+            Prompts that are watched, with four pictures each.
+        watch_action (`str`, *optional*, defaults to `"warn"`):
+            What happens when a watched number passes its limit: "warn", or "stop", which ends training.
+        watch_limits (`dict`, *optional*):
+            Limits that differ from the usual ones, such as `{"diversity_share": 0.7}`. None within switches one off.
 
         > Parameters that control the method
 
@@ -247,6 +256,27 @@ class LeapAlignConfig(TrainingArguments):
         },
     )
     image_grid_prompts: int = field(default=4, metadata={"help": "Prompts of that picture."})
+    watch_steps: int | None = field(
+        default=None,
+        metadata={
+            "help": "Every so many updates, log how diverse pictures of the first prompts (of evaluation, else of "
+            "training) are with fixed noise, and how far from the base's. None watches nothing."
+        },
+    )
+    watch_prompts: int = field(default=4, metadata={"help": "Prompts that are watched, with four pictures each."})
+    watch_action: str = field(
+        default="warn",
+        metadata={
+            "help": 'What happens when a watched number passes its limit: "warn", or "stop", which ends training.'
+        },
+    )
+    watch_limits: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": 'Limits that differ from the usual ones, such as `{"diversity_share": 0.7}`. None within switches '
+            "one off."
+        },
+    )
 
     # Parameters that control the method
     method: str = field(default="leapalign", metadata={"help": "Name of the method, or an instance of it."})
@@ -393,7 +423,7 @@ class LeapAlignConfig(TrainingArguments):
                 self.max_steps = 300
         if self.learning_rate is None:
             self.learning_rate = 1e-5 if self.full_finetuning else 1e-4
-        for name in ("sample_kwargs", "method_kwargs", "model_init_kwargs", "reward_kwargs"):
+        for name in ("sample_kwargs", "method_kwargs", "model_init_kwargs", "reward_kwargs", "watch_limits"):
             setattr(self, name, read_dict(name, getattr(self, name)))
         self.reward_kwargs = {name: read_dict(f"reward_kwargs[{name!r}]", v) for name, v in self.reward_kwargs.items()}
         for name in ("reward_weights", "reward_threshold"):
@@ -510,6 +540,10 @@ class LeapAlignConfig(TrainingArguments):
             Range(1, whole=True).check("max_steps", self.max_steps)
         for name in ("full_finetuning", "dry_run", "normalize_rewards"):
             check_bool(name, getattr(self, name))
+        if self.watch_action not in ("warn", "stop"):
+            raise ValueError(f"watch_action={self.watch_action!r} is unknown; choose 'warn' or 'stop'.")
+        if self.watch_limits and self.watch_steps is None:
+            raise ValueError(f"watch_limits={self.watch_limits} have no effect without watch_steps. Set watch_steps.")
         if self.pairs not in (None, "far", "near"):
             raise ValueError(f"pairs={self.pairs!r} is unknown; choose 'far' or 'near'.")
         for name in ("near_step", "near_noise"):
