@@ -130,7 +130,7 @@ class Watch(TrainerCallback):
             if name not in self.raised or stops:
                 logger.warning(
                     "Update %s: watch/%s is %.3g; its limit is %.3g. %s. Look at the pictures: the reward may be "
-                    "exploited. A lower learning_rate, a base_penalty, fewer updates or a reward_threshold help.%s",
+                    "exploited. A base_penalty, a lower learning_rate, a reward_threshold or fewer updates help.%s",
                     *(self.trainer.state.global_step, name, value, limit, MEANINGS[name]),
                     " Training stops here (watch_action='stop')." if stops else "",
                 )
