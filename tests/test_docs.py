@@ -9,6 +9,7 @@ from rollout_cases import Case, seeded
 
 from trl_leapalign import LeapAlignConfig
 from trl_leapalign.rollout.run import run_rollout
+from trl_leapalign.training.watch import check_limits
 
 DOCS = Path(__file__).parent.parent / "docs"
 
@@ -44,3 +45,14 @@ def test_methods_are_chosen_as_the_page_says():
     exec("from trl_leapalign import FlowBPBridge\n" + program, names)
     first, second = (config.build_method() for config in names["configs"])
     assert first == second
+
+
+def test_guards_are_set_as_the_page_says():
+    names = {"configs": []}
+    names["LeapAlignConfig"] = lambda *args, **settings: names["configs"].append(LeapAlignConfig(*args, **settings))
+    first, second = programs("guards.md")
+    exec(first.replace("from trl_leapalign import LeapAlignConfig", ""), names)
+    exec(second, names)
+    assert [config.watch_steps for config in names["configs"]] == [20, 25]
+    for config in names["configs"]:
+        check_limits(config.watch_limits)

@@ -34,7 +34,7 @@ NUMBERS = {
         (
             *("sample_num_steps", "eval_num_steps", "sample_height", "sample_width", "draw_group_size"),
             "samples_per_prompt",
-            *("image_grid_steps", "image_grid_prompts"),
+            *("image_grid_steps", "image_grid_prompts", "watch_steps", "watch_prompts"),
         ),
         Range(1, whole=True),
     ),
@@ -124,6 +124,10 @@ def check_values(config: Any) -> None:
     for name in ("near_step", "near_noise"):
         if getattr(config, name) is not None and config.pairs != "near":
             raise ValueError(f"{name}={getattr(config, name)!r} is for near pairs. Set pairs='near', or leave it out.")
+    if config.watch_action not in ("warn", "stop"):
+        raise ValueError(f"watch_action={config.watch_action!r} is unknown; choose 'warn' or 'stop'.")
+    if config.watch_limits and config.watch_steps is None:
+        raise ValueError(f"watch_limits={config.watch_limits} have no effect without watch_steps. Set watch_steps.")
     for name in ("full_finetuning", "dry_run", "normalize_rewards", *MEMORY_SWITCHES):
         check_bool(name, getattr(config, name))
     if config.reward_device is not None:

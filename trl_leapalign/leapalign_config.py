@@ -47,6 +47,15 @@ class LeapAlignConfig(TrainingArguments):
             their average. None reports none.
         image_grid_prompts (`int`, *optional*, defaults to `4`):
             Prompts of that picture.
+        watch_steps (`int`, *optional*):
+            Every so many updates, log how diverse pictures of the first prompts (of evaluation, else of training) are
+            with fixed noise, and how far from the base's. None watches nothing.
+        watch_prompts (`int`, *optional*, defaults to `4`):
+            Prompts that are watched, with four pictures each.
+        watch_action (`str`, *optional*, defaults to `"warn"`):
+            What happens when a watched number passes its limit: "warn", or "stop", which ends training.
+        watch_limits (`dict`, *optional*):
+            Limits that differ from the usual ones, such as `{"diversity_share": 0.7}`. None within switches one off.
 
         > Parameters that control the method
 
@@ -200,6 +209,27 @@ class LeapAlignConfig(TrainingArguments):
         },
     )
     image_grid_prompts: int = field(default=4, metadata={"help": "Prompts of that picture."})
+    watch_steps: int | None = field(
+        default=None,
+        metadata={
+            "help": "Every so many updates, log how diverse pictures of the first prompts (of evaluation, else of "
+            "training) are with fixed noise, and how far from the base's. None watches nothing."
+        },
+    )
+    watch_prompts: int = field(default=4, metadata={"help": "Prompts that are watched, with four pictures each."})
+    watch_action: str = field(
+        default="warn",
+        metadata={
+            "help": 'What happens when a watched number passes its limit: "warn", or "stop", which ends training.'
+        },
+    )
+    watch_limits: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": 'Limits that differ from the usual ones, such as `{"diversity_share": 0.7}`. None within switches '
+            "one off."
+        },
+    )
 
     # Parameters that control the method
     method: str = field(default="leapalign", metadata={"help": "Name of the method, or an instance of it."})
@@ -382,7 +412,7 @@ class LeapAlignConfig(TrainingArguments):
                 self.max_steps = 300
         if self.learning_rate is None:
             self.learning_rate = 1e-5 if self.full_finetuning else 1e-4
-        for name in ("sample_kwargs", "method_kwargs", "model_init_kwargs", "reward_kwargs"):
+        for name in ("sample_kwargs", "method_kwargs", "model_init_kwargs", "reward_kwargs", "watch_limits"):
             setattr(self, name, read_dict(name, getattr(self, name)))
         self.reward_kwargs = {name: read_dict(f"reward_kwargs[{name!r}]", v) for name, v in self.reward_kwargs.items()}
         for name in ("reward_weights", "reward_threshold"):

@@ -71,6 +71,7 @@ from .training.resuming import choose_checkpoint
 from .training.saving import TrainingSaves
 from .training.sharding import shard_trainer, whole
 from .training.trackers import live_tracker
+from .training.watch import Watch
 
 MOST_IDLE_UPDATES = 10
 MOST_SHOWN = 64
@@ -212,7 +213,9 @@ class LeapAlignTrainer(TrainingSaves, HubPushes, Trainer):
                 self.callback_handler.callbacks.insert(0, self.weight_average)
             self.memory.place_rewards(self.rewards)
             if config.image_grid_steps is not None:
-                self.add_callback(ImageGrid(self, self._grid_rows(), config.image_grid_steps))
+                self.add_callback(ImageGrid(self, self._shown_rows(config.image_grid_prompts), config.image_grid_steps))
+            if config.watch_steps is not None:
+                self.add_callback(Watch(self, self._shown_rows(config.watch_prompts)))
             self.add_callback(MemoryReport(self))
             if config.dry_run:
                 self.dry_run()
@@ -353,13 +356,12 @@ class LeapAlignTrainer(TrainingSaves, HubPushes, Trainer):
         """What trackers call the run."""
         return self.args.run_name or "trl_leapalign"
 
-    def _grid_rows(self) -> list[dict[str, Any]]:
-        """The prompts that `image_grid_steps` shows: the first for evaluation, else the first to train on."""
+    def _shown_rows(self, count: int) -> list[dict[str, Any]]:
+        """The prompts that a grid shows and that are watched: the first for evaluation, else the first to train on."""
         rows = self.eval_dataset
         rows = next(iter(rows.values())) if isinstance(rows, dict) else rows
         if rows is None:
             rows = self.prompt_source
-        count = self.args.image_grid_prompts
         if callable(rows):
             drawn = [self.train_dataset[index] for index in range(count)]
             return [{**each["metadata"], self.args.prompt_column: each["prompt"]} for each in drawn]

@@ -48,6 +48,8 @@ NOT_TRIED = {
     "save_strategy": "no",
     "report_to": "none",
     "image_grid_steps": None,
+    "watch_steps": None,
+    "watch_limits": None,
     "push_to_hub": False,
     "model_init_kwargs": None,
 }

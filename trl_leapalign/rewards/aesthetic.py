@@ -103,9 +103,19 @@ class AestheticScore(RewardModel):
         Returns:
             Tensor: shape (B,).
         """
+        return apply_head(self.head, F.normalize(self.image_features(images), dim=-1))[:, 0]
+
+    def image_features(self, images: Tensor) -> Tensor:
+        """Compute what CLIP sees in images, not normalised.
+
+        Args:
+            images (Tensor): shape (B, 3, H, W) in [0, 1].
+
+        Returns:
+            Tensor: shape (B, D).
+        """
         size = self.model.config.vision_config.image_size
-        pixels = normalize(resize_and_crop(images, size, round_margins=True))
-        return apply_head(self.head, F.normalize(image_features(self.model, pixels), dim=-1))[:, 0]
+        return image_features(self.model, normalize(resize_and_crop(images, size, round_margins=True)))
 
 
 def _fetch_head() -> Path:

@@ -100,6 +100,17 @@ class CLIPReward(RewardModel):
         size = self.model.config.vision_config.image_size
         return normalize(resize_and_crop(images, size, self.interpolation, self.round_margins))
 
+    def image_features(self, images: Tensor) -> Tensor:
+        """Compute what the model sees in images, not normalised.
+
+        Args:
+            images (Tensor): shape (B, 3, H, W) in [0, 1], float32 or float64.
+
+        Returns:
+            Tensor: shape (B, D).
+        """
+        return image_features(self.model, self.preprocess(images))
+
     def score(self, images: Tensor, texts: Sequence[Tensor]) -> Tensor:
         """Compare images with encoded prompts.
 
@@ -110,7 +121,7 @@ class CLIPReward(RewardModel):
         Returns:
             Tensor: shape (B,).
         """
-        cosines = F.cosine_similarity(image_features(self.model, self.preprocess(images)), torch.stack(list(texts)))
+        cosines = F.cosine_similarity(self.image_features(images), torch.stack(list(texts)))
         return cosines if self.scale == "cosine" else cosines * self.model.logit_scale.exp()
 
     def encode_prompt(self, prompt: str) -> Tensor:
