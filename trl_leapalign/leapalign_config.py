@@ -84,6 +84,8 @@ UNSUPPORTED = {
 }
 """Settings of TrainingArguments that cannot work here, and why."""
 
+ADAPTER_DTYPES = ("float32", "bfloat16")
+
 
 @dataclass
 class LeapAlignConfig(TrainingArguments):
@@ -184,6 +186,8 @@ class LeapAlignConfig(TrainingArguments):
 
         full_finetuning (`bool`, *optional*, defaults to `False`):
             Train all weights of the denoisers instead of a LoRA adapter.
+        adapter_dtype (`str`, *optional*, defaults to `"float32"`):
+            Dtype of an adapter's saved files, "float32" or "bfloat16", which halves them.
         denoisers (`list[str]`, *optional*):
             Names of the pipeline's components to train. None takes those called transformer... or unet....
         model_init_kwargs (`dict`, *optional*):
@@ -368,6 +372,10 @@ class LeapAlignConfig(TrainingArguments):
     full_finetuning: bool = field(
         default=False, metadata={"help": "Train all weights of the denoisers instead of a LoRA adapter."}
     )
+    adapter_dtype: str = field(
+        default="float32",
+        metadata={"help": 'Dtype of an adapter\'s saved files, "float32" or "bfloat16", which halves them.'},
+    )
     denoisers: list[str] | None = field(
         default=None,
         metadata={
@@ -510,6 +518,13 @@ class LeapAlignConfig(TrainingArguments):
             Range(1, whole=True).check("max_steps", self.max_steps)
         for name in ("full_finetuning", "dry_run", "normalize_rewards"):
             check_bool(name, getattr(self, name))
+        if self.adapter_dtype not in ADAPTER_DTYPES:
+            raise ValueError(f"adapter_dtype={self.adapter_dtype!r} is unknown; choose one of {list(ADAPTER_DTYPES)}.")
+        if self.adapter_dtype != "float32" and self.full_finetuning:
+            raise ValueError(
+                f"adapter_dtype={self.adapter_dtype!r} is for adapters, but full_finetuning saves all weights as they "
+                "are. Leave it out."
+            )
         if self.pairs not in (None, "far", "near"):
             raise ValueError(f"pairs={self.pairs!r} is unknown; choose 'far' or 'near'.")
         for name in ("near_step", "near_noise"):

@@ -19,7 +19,7 @@ from transformers import Trainer, TrainerCallback, set_seed
 from transformers.trainer_utils import TrainOutput
 
 from .adapters.lora import check_active, prepare_denoisers
-from .adapters.model_card import TrainedModel, write_model_card
+from .adapters.model_card import write_model_card
 from .adapters.restored import random_state_restored_on_error, restored_on_error
 from .adapters.saving import save_trained
 from .evaluation.evaluators import check_rows, named_rewards
@@ -46,6 +46,7 @@ from .rollout.pipelines import check_call_arguments, load_pipeline, quiet
 from .rollout.recorder import RolloutOutput
 from .rollout.rollout_model import RolloutModel, end_latents, for_copies
 from .training.callbacks import WeightAverage
+from .training.card import describe_training
 from .training.checkpoints import (
     begin_checkpoint,
     load_parameters,
@@ -216,6 +217,7 @@ class LeapAlignTrainer(HubPushes, Trainer):
                 self.add_callback(ImageGrid(self, self._grid_rows(), config.image_grid_steps))
             if config.dry_run:
                 self.dry_run()
+            self._make_repository()
 
     @property
     def denoisers(self) -> dict[str, nn.Module]:
@@ -583,7 +585,7 @@ class LeapAlignTrainer(HubPushes, Trainer):
         directory = Path(output_dir or self.args.output_dir)
         directory.mkdir(parents=True, exist_ok=True)
         with self._averaged():
-            save_trained(self.pipeline, self.denoisers, directory, self.args.full_finetuning)
+            save_trained(self.pipeline, self.denoisers, directory, self.args.full_finetuning, self.args.adapter_dtype)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if self.args.should_save:
@@ -619,14 +621,4 @@ class LeapAlignTrainer(HubPushes, Trainer):
         """
         if not self.is_world_process_zero():
             return
-        trained = TrainedModel(
-            pipeline=self.pipeline,
-            denoisers=self.denoisers,
-            full_finetuning=self.args.full_finetuning,
-            repository=self.hub_model_id or Path(self.args.output_dir).name,
-            rewards=tuple(self.rewards.names),
-            method=repr(self.rollout_model.method),
-            prompt=self.train_dataset[0]["prompt"],
-            tags=self._tag_names,
-        )
-        write_model_card(trained, Path(self.args.output_dir), **metadata)
+        write_model_card(describe_training(self), Path(self.args.output_dir), **metadata)

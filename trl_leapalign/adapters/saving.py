@@ -25,11 +25,12 @@ LORA_FILE = "pytorch_lora_weights.safetensors"
 PEFT_PREFIX = "base_model.model."
 
 
-def lora_state_dict(denoiser: nn.Module) -> tuple[dict[str, Tensor], dict]:
+def lora_state_dict(denoiser: nn.Module, dtype: str = "float32") -> tuple[dict[str, Tensor], dict]:
     """Read an adapter so that it means the same everywhere: alpha equals the rank, the scale is in lora_B.
 
     Args:
         denoiser (nn.Module): a diffusers model with one adapter.
+        dtype (str): of the weights, "float32" or "bfloat16"; the scale is applied before.
 
     Returns:
         tuple[dict[str, Tensor], dict]: weights by name, on the CPU, and the PEFT configuration that fits them.
@@ -40,14 +41,18 @@ def lora_state_dict(denoiser: nn.Module) -> tuple[dict[str, Tensor], dict]:
         layer, _, kind = key.rpartition(".lora_")
         if kind.startswith(("B.", "embedding_B")):
             value = value * denoiser.get_submodule(layer).scaling[adapter]
-        weights[key] = value.detach().cpu().contiguous()
+        weights[key] = value.detach().to("cpu", getattr(torch, dtype)).contiguous()
     config = denoiser.peft_config[adapter].to_dict()
     config.update(lora_alpha=config["r"], alpha_pattern=dict(config["rank_pattern"]), use_rslora=False)
     return weights, config
 
 
 def save_trained(
-    pipeline: DiffusionPipeline, denoisers: dict[str, nn.Module], directory: str | Path, full_finetuning: bool
+    pipeline: DiffusionPipeline,
+    denoisers: dict[str, nn.Module],
+    directory: str | Path,
+    full_finetuning: bool,
+    adapter_dtype: str = "float32",
 ) -> None:
     """Save the trained weights in the format that diffusers loads, read them back and compare.
 
@@ -59,6 +64,7 @@ def save_trained(
         denoisers (dict[str, nn.Module]): unwrapped modules by component name.
         directory (str | Path): the folder to write into.
         full_finetuning (bool): whether all weights were trained.
+        adapter_dtype (str): of an adapter's file, "float32" or "bfloat16", half as large and with 8 of 24 bits.
 
     Raises:
         RuntimeError: if what is read back differs from what was trained.
@@ -69,7 +75,7 @@ def save_trained(
             denoiser.save_pretrained(directory / name)
             _compare(_SavedTensors(directory / name), denoiser.state_dict(), directory / name)
         return
-    adapters = {name: lora_state_dict(denoiser) for name, denoiser in denoisers.items()}
+    adapters = {name: lora_state_dict(denoiser, adapter_dtype) for name, denoiser in denoisers.items()}
     if saved_by_pipeline(pipeline, denoisers):
         _save_with_pipeline(pipeline, adapters, directory)
     else:
@@ -93,7 +99,7 @@ def loading_lines(pipeline: DiffusionPipeline, denoisers: dict[str, nn.Module], 
         list[str]: lines of Python, in which the pipeline is called so.
     """
     if saved_by_pipeline(pipeline, denoisers):
-        return [f"pipeline.load_lora_weights({literal(source)})"]
+        return [f'pipeline.load_lora_weights({literal(source)}, weight_name="{LORA_FILE}")']
     own = [name for name, denoiser in denoisers.items() if isinstance(denoiser, PeftAdapterMixin)]
     written = literal(source)
     return [

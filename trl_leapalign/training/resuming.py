@@ -36,7 +36,7 @@ SAME = (
 """Settings that must stay, beside method, prompts, pipeline and rewards: they decide what is optimised, and with which
 noise, or have no effect when the checkpoint's optimizer is loaded."""
 LOGGED = (
-    *("image_grid_steps", "image_grid_prompts"),
+    *("image_grid_steps", "image_grid_prompts", "adapter_dtype"),
     *("max_steps", "max_grad_norm", "max_sample_grad_norm", "activation_checkpointing", "tf32"),
     *("per_device_train_batch_size", "gradient_accumulation_steps", "world_size", "eval_num_steps"),
 )
