@@ -65,6 +65,7 @@ class HubServer(ThreadingHTTPServer):
         self.large_files: dict[str, bytes] = {}
         self.requests: list[str] = []
         self.received: list[bytes] = []
+        self.card_errors: list[str] = []
         self.tokens: set[str | None] = set()
 
     def push(self, repository: str, folder: Path, message: str = "files") -> Commit:
@@ -137,7 +138,8 @@ class Handler(BaseHTTPRequestHandler):
         if path == "/api/whoami-v2":
             return self.answer({"name": USER, "type": "user", "orgs": [], "auth": {}})
         if path == "/api/validate-yaml":
-            return self.answer({"errors": [], "warnings": []})
+            errors = [{"message": each} for each in self.server.card_errors]
+            return self.answer({"errors": errors, "warnings": []}, 400 if errors else 200)
         if path == "/api/repos/create":
             return self.create(json.loads(body))
         if path.endswith(".git/info/lfs/objects/batch"):
@@ -169,7 +171,11 @@ class Handler(BaseHTTPRequestHandler):
         action, *arguments = rest or ["revision"]
         if action == "preupload":
             asked = [{"path": file["path"], "shouldIgnore": False} for file in json.loads(body)["files"]]
-            modes = [{**file, "uploadMode": "lfs" if file["path"].endswith(LARGE) else "regular"} for file in asked]
+            there = known.commits[-1].files
+            modes = [
+                {**file, "uploadMode": mode(file["path"]), "oid": oid(file["path"], there.get(file["path"]))}
+                for file in asked
+            ]
             return self.answer({"files": modes})
         if action == "commit":
             return self.commit(name, known, [json.loads(line) for line in body.splitlines()])
@@ -216,6 +222,20 @@ class Handler(BaseHTTPRequestHandler):
         content = commit.files[path]
         etag = hashlib.sha256(content).hexdigest()
         return self.answer(content, ETag=f'"{etag}"', X_Repo_Commit=commit.oid)
+
+
+def mode(path: str) -> str:
+    """How a file goes up."""
+    return "lfs" if path.endswith(LARGE) else "regular"
+
+
+def oid(path: str, content: bytes | None) -> str | None:
+    """What the Hub tells of a file that it has: SHA-256 of a large one, git's number of another."""
+    if content is None:
+        return None
+    if mode(path) == "lfs":
+        return hashlib.sha256(content).hexdigest()
+    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
 
 def entry(path: str, content: bytes) -> dict[str, Any]:

@@ -47,9 +47,10 @@ def test_the_cards_program_calls_the_pipeline_with_the_prompt_and_does_nothing_e
     card = Path(trainer.args.output_dir, "README.md").read_text(encoding="utf-8")
     [program] = [part.split("```")[0] for part in card.split("```python")[1:]]
     tree = ast.parse(program)
-    assert [type(node).__name__ for node in tree.body] == ["ImportFrom", "Assign", "Expr", "Assign"]
-    assert tree.body[-1].value.value.value.args[0].value == text
-    assert tree.body[-2].value.args[0].value == 'a "folder"'
+    kinds = ["Import", "ImportFrom", "Assign", "Assign", "Expr", "Assign", "Expr"]
+    assert [type(node).__name__ for node in tree.body] == kinds
+    assert tree.body[-2].value.value.value.keywords[0].value.value == text
+    assert tree.body[-3].value.args[0].value == 'a "folder"'
     assert "# &lt;b&gt;mine&lt;/b&gt; # x\n" in card
 
 

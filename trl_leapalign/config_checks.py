@@ -60,6 +60,7 @@ MEMORY_SWITCHES = (
     "offload_text_encoders",
     "offload_rewards",
 )
+ADAPTER_DTYPES = ("float32", "bfloat16")
 METRIC_SCHEDULERS = ("reduce_lr_on_plateau", "greedy")
 
 UNSUPPORTED = {
@@ -124,6 +125,13 @@ def check_values(config: Any) -> None:
     for name in ("near_step", "near_noise"):
         if getattr(config, name) is not None and config.pairs != "near":
             raise ValueError(f"{name}={getattr(config, name)!r} is for near pairs. Set pairs='near', or leave it out.")
+    if config.adapter_dtype not in ADAPTER_DTYPES:
+        raise ValueError(f"adapter_dtype={config.adapter_dtype!r} is unknown; choose one of {list(ADAPTER_DTYPES)}.")
+    if config.adapter_dtype != "float32" and config.full_finetuning:
+        raise ValueError(
+            f"adapter_dtype={config.adapter_dtype!r} is for adapters, but full_finetuning saves all weights as they "
+            "are. Leave it out."
+        )
     if config.watch_action not in ("warn", "stop"):
         raise ValueError(f"watch_action={config.watch_action!r} is unknown; choose 'warn' or 'stop'.")
     if config.watch_limits and config.watch_steps is None:

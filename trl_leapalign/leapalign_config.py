@@ -126,6 +126,8 @@ class LeapAlignConfig(TrainingArguments):
 
         full_finetuning (`bool`, *optional*, defaults to `False`):
             Train all weights of the denoisers instead of a LoRA adapter.
+        adapter_dtype (`str`, *optional*, defaults to `"float32"`):
+            Dtype of an adapter's saved files, "float32" or "bfloat16", which halves them.
         denoisers (`list[str]`, *optional*):
             Names of the pipeline's components to train. None takes those called transformer... or unet....
         model_init_kwargs (`dict`, *optional*):
@@ -350,6 +352,10 @@ class LeapAlignConfig(TrainingArguments):
     # Parameters that control the model
     full_finetuning: bool = field(
         default=False, metadata={"help": "Train all weights of the denoisers instead of a LoRA adapter."}
+    )
+    adapter_dtype: str = field(
+        default="float32",
+        metadata={"help": 'Dtype of an adapter\'s saved files, "float32" or "bfloat16", which halves them.'},
     )
     denoisers: list[str] | None = field(
         default=None,

@@ -19,7 +19,7 @@ from transformers import Trainer, TrainerCallback, set_seed
 from transformers.trainer_utils import TrainOutput
 
 from .adapters.lora import check_active, prepare_denoisers
-from .adapters.model_card import TrainedModel, write_model_card
+from .adapters.model_card import write_model_card
 from .adapters.restored import random_state_restored_on_error, restored_on_error
 from .evaluation.evaluators import check_rows, named_rewards
 from .evaluation.rows import read_if_geneval
@@ -219,6 +219,7 @@ class LeapAlignTrainer(TrainingSaves, HubPushes, Trainer):
             self.add_callback(MemoryReport(self))
             if config.dry_run:
                 self.dry_run()
+            self._make_repository()
 
     @property
     def denoisers(self) -> dict[str, nn.Module]:
@@ -550,14 +551,4 @@ class LeapAlignTrainer(TrainingSaves, HubPushes, Trainer):
         """
         if not self.is_world_process_zero():
             return
-        trained = TrainedModel(
-            pipeline=self.pipeline,
-            denoisers=self.denoisers,
-            full_finetuning=self.args.full_finetuning,
-            repository=self.hub_model_id or Path(self.args.output_dir).name,
-            rewards=tuple(self.rewards.names),
-            method=repr(self.rollout_model.method),
-            prompt=self.train_dataset[0]["prompt"],
-            tags=self._tag_names,
-        )
-        write_model_card(trained, Path(self.args.output_dir), **metadata)
+        write_model_card(describe_training(self), Path(self.args.output_dir), **metadata)

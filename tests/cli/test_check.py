@@ -38,7 +38,9 @@ def test_a_pipeline_that_can_be_trained(tmp_path):
     assert transformer.grad_norm > 0
     assert found.output.startswith("(2, 3, 16, 16) torch.float32, images")
     assert found.checkpointing == "keeps the output and the gradients"
-    assert found.lora == 'loaded with pipeline.load_lora_weights("FOLDER")'
+    assert (
+        found.lora == 'loaded with pipeline.load_lora_weights("FOLDER", weight_name="pytorch_lora_weights.safetensors")'
+    )
     assert "activation_checkpointing=True" in found.settings[0]
     assert not pipeline.transformer.is_gradient_checkpointing
     after = {name.replace(".base_layer", ""): value for name, value in pipeline.transformer.state_dict().items()}

@@ -15,6 +15,7 @@ from safetensors.torch import load
 from training_cases import make_config, make_trainer
 
 from examples.tiny import tiny_flux
+from trl_leapalign.adapters.loading import load_adapter
 from trl_leapalign.cli.main import main
 from trl_leapalign.training.publishing import published_files
 
@@ -169,3 +170,81 @@ def test_settings_that_json_cannot_hold_are_described_where_trackers_read_them(t
     trainer.train()
     assert trainer.args.sample_kwargs["callback_on_step_end"] is look
     assert list(tmp_path.rglob("*.tfevents.*"))
+
+
+def test_saving_and_pushing_make_one_commit_and_a_licence_one_more(hub, tmp_path):
+    trainer = make_trainer(tmp_path, push_to_hub=True, hub_token=TOKEN, hub_model_id="user/once", max_steps=1)
+    trainer.train()
+    trainer.save_model()
+    trainer.push_to_hub()
+    assert [commit.message for commit in hub.repositories["user/once"].commits] == ["initial commit", "Model save"]
+    sent = len(hub.large_files)
+    licence = {"license_name": "flux-1-dev-non-commercial-license", "license_link": "LICENSE.md"}
+    trainer.push_to_hub(**licence)
+    last = hub.repositories["user/once"].commits[-1]
+    assert last.message == "End of training" and len(hub.large_files) == sent
+    assert b"license: other\nlicense_name: flux-1-dev-non-commercial-license\n" in last.files["README.md"]
+    with pytest.raises(TypeError, match="unexpected keyword argument 'licence'"):
+        trainer.push_to_hub(licence="mit")
+    assert hub.repositories["user/once"].commits[-1] is last
+
+
+def test_no_repository_is_made_before_the_dry_run(hub, tmp_path):
+    def broken(images, prompts, metadata):
+        return images.detach().flatten(1).mean(1)
+
+    settings = {"push_to_hub": True, "hub_token": TOKEN, "hub_model_id": "user/new", "dry_run": True}
+    with pytest.raises((ValueError, RuntimeError)):
+        make_trainer(tmp_path, reward=broken, **settings)
+    assert not hub.repositories
+    trainer = make_trainer(tmp_path, **settings, hub_private_repo=True)
+    assert hub.repositories["user/new"].private and trainer.hub_model_id == "user/new"
+    other = make_trainer(tmp_path, hub_model_id="user/later", hub_token=TOKEN)
+    assert "user/later" not in hub.repositories
+    other.push_to_hub()
+    assert LORA in hub.repositories["user/later"].commits[-1].files
+
+
+def test_a_card_that_the_hub_refuses_stops_the_push_before_any_weights(hub, tmp_path):
+    trainer = make_trainer(tmp_path, push_to_hub=True, hub_token=TOKEN, hub_model_id="user/refused")
+    hub.card_errors.append('"license" must be one of ...')
+    with pytest.raises(ValueError, match="must be one of"):
+        trainer.push_to_hub()
+    assert not hub.large_files and len(hub.repositories["user/refused"].commits) == 1
+
+
+def test_every_failed_push_is_said_not_the_last_alone(hub, tmp_path, caplog):
+    trainer = make_trainer(
+        tmp_path, push_to_hub=True, hub_token=TOKEN, hub_model_id="user/x", hub_strategy="every_save"
+    )
+    (tmp_path / "checkpoint-1").mkdir()
+    kept = hub.repositories.pop("user/x")
+    with caplog.at_level(logging.WARNING):
+        trainer._push_from_checkpoint(str(tmp_path / "checkpoint-1"))
+        trainer.push_in_progress.wait_until_done()
+        hub.repositories["user/x"] = kept
+        trainer._push_from_checkpoint(str(tmp_path / "checkpoint-1"))
+        assert caplog.text.count("A push during the training failed: ") == 1
+        trainer._finish_current_push()
+    assert caplog.text.count("A push during the training failed: ") == 1
+    assert kept.commits[-1].message == "Training in progress, step 0"
+
+
+def test_adapters_are_saved_and_pushed_in_bfloat16(hub, tmp_path):
+    settings = {"push_to_hub": True, "hub_token": TOKEN, "max_steps": 1}
+    sizes = {}
+    for dtype in ("float32", "bfloat16"):
+        trainer = make_trainer(tmp_path / dtype, **settings, hub_model_id=f"user/{dtype}", adapter_dtype=dtype)
+        trainer.train()
+        trainer.push_to_hub()
+        content = hub.repositories[f"user/{dtype}"].commits[-1].files[LORA]
+        sizes[dtype] = load(content)
+        assert {value.dtype for value in sizes[dtype].values()} == {getattr(torch, dtype)}
+    assert all(torch.equal(value.bfloat16(), sizes["bfloat16"][name]) for name, value in sizes["float32"].items())
+    fresh = tiny_flux()
+    load_adapter(fresh, "user/bfloat16")
+    assert {p.dtype for p in fresh.transformer.parameters()} == {torch.float32}
+    with pytest.raises(ValueError, match="adapter_dtype='float8' is unknown"):
+        make_config(tmp_path, adapter_dtype="float8")
+    with pytest.raises(ValueError, match="is for adapters, but full_finetuning saves all weights"):
+        make_config(tmp_path, adapter_dtype="bfloat16", full_finetuning=True)

@@ -25,12 +25,15 @@ LORA_FILE = "pytorch_lora_weights.safetensors"
 PEFT_PREFIX = "base_model.model."
 
 
-def lora_state_dict(denoiser: nn.Module, state: dict[str, Tensor] | None = None) -> tuple[dict[str, Tensor], dict]:
+def lora_state_dict(
+    denoiser: nn.Module, state: dict[str, Tensor] | None = None, dtype: str = "float32"
+) -> tuple[dict[str, Tensor], dict]:
     """Read an adapter so that it means the same everywhere: alpha equals the rank, the scale is in lora_B.
 
     Args:
         denoiser (nn.Module): a diffusers model with one adapter.
         state (dict[str, Tensor] | None): its gathered trained weights, where they are sharded.
+        dtype (str): of the weights, "float32" or "bfloat16"; the scale is applied before.
 
     Returns:
         tuple[dict[str, Tensor], dict]: weights by name, on the CPU, and the PEFT configuration that fits them.
@@ -41,7 +44,7 @@ def lora_state_dict(denoiser: nn.Module, state: dict[str, Tensor] | None = None)
         layer, _, kind = key.rpartition(".lora_")
         if kind.startswith(("B.", "embedding_B")):
             value = value * denoiser.get_submodule(layer).scaling[adapter]
-        weights[key] = value.detach().cpu().contiguous()
+        weights[key] = value.detach().to("cpu", getattr(torch, dtype)).contiguous()
     config = denoiser.peft_config[adapter].to_dict()
     config.update(lora_alpha=config["r"], alpha_pattern=dict(config["rank_pattern"]), use_rslora=False)
     return weights, config
@@ -53,6 +56,7 @@ def save_trained(
     directory: str | Path,
     full_finetuning: bool,
     states: dict[str, dict[str, Tensor] | None] | None = None,
+    adapter_dtype: str = "float32",
 ) -> None:
     """Save the trained weights in the format that diffusers loads, read them back and compare.
 
@@ -66,6 +70,7 @@ def save_trained(
         full_finetuning (bool): whether all weights were trained.
         states (dict[str, dict[str, Tensor] | None] | None): by component, the gathered trained weights of those that
             are sharded.
+        adapter_dtype (str): of an adapter's file, "float32" or "bfloat16", half as large and with 8 of 24 bits.
 
     Raises:
         RuntimeError: if what is read back differs from what was trained.
@@ -77,7 +82,9 @@ def save_trained(
             denoiser.save_pretrained(directory / name)
             _compare(_SavedTensors(directory / name), denoiser.state_dict(), directory / name)
         return
-    adapters = {name: lora_state_dict(denoiser, states.get(name)) for name, denoiser in denoisers.items()}
+    adapters = {
+        name: lora_state_dict(denoiser, states.get(name), adapter_dtype) for name, denoiser in denoisers.items()
+    }
     if saved_by_pipeline(pipeline, denoisers):
         _save_with_pipeline(pipeline, adapters, directory)
     else:
@@ -112,7 +119,7 @@ def loading_lines(pipeline: DiffusionPipeline, denoisers: dict[str, nn.Module], 
         list[str]: lines of Python, in which the pipeline is called so.
     """
     if saved_by_pipeline(pipeline, denoisers):
-        return [f"pipeline.load_lora_weights({literal(source)})"]
+        return [f'pipeline.load_lora_weights({literal(source)}, weight_name="{LORA_FILE}")']
     own = [name for name, denoiser in denoisers.items() if isinstance(denoiser, PeftAdapterMixin)]
     written = literal(source)
     return [

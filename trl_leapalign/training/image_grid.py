@@ -45,6 +45,7 @@ class ImageGrid(TrainerCallback):
             )
         self.trainer, self.rows, self.every = trainer, rows, every
         self.base: list[Tensor] | None = None
+        self.last: tuple[int, list[Tensor]] | None = None
         if trainer.args.full_finetuning and trainer.is_world_process_zero():
             self.base = self._sample()
 
@@ -59,13 +60,11 @@ class ImageGrid(TrainerCallback):
         if not state.is_world_process_zero:
             return
         start = time.perf_counter()
-        if self.base is None:
-            with adapters_off(self.trainer.rollout_model):
-                self.base = self._sample()
-        rows = [self.base, self._sample()]
+        rows = [self._sample_base(), self._sample()]
         if self.trainer.weight_average is not None:
             with self.trainer.weight_average.applied():
                 rows.append(self._sample())
+        self.last = (state.global_step, rows[-1])
         if any(image.ndim != 3 for row in rows for image in row):
             logger.warning("The outputs are no images, so image_grid_steps has nothing to show.")
             return
@@ -75,6 +74,28 @@ class ImageGrid(TrainerCallback):
             if tracker is not None:
                 log_image(tracker, NAME, grid(rows), state.global_step)
         self.trainer.leave_out_of_speed(time.perf_counter() - start)
+
+    def before_and_after(self) -> list[tuple[str, Tensor, Tensor]]:
+        """Show what training changed.
+
+        Returns:
+            list[tuple[str, Tensor, Tensor]]: of each prompt, the images (3, H, W) of the base and of the weights that
+                are saved now, the average if there is one; empty if the outputs are no images.
+        """
+        step = self.trainer.state.global_step
+        base = self._sample_base()
+        if self.last is None or self.last[0] != step:
+            with self.trainer._averaged():
+                self.last = (step, self._sample())
+        prompts = [split_row(row, self.trainer.args.prompt_column)[0] for row in self.rows]
+        samples = list(zip(prompts, base, self.last[1], strict=True))
+        return samples if all(image.ndim == 3 for image in base) else []
+
+    def _sample_base(self) -> list[Tensor]:
+        if self.base is None:
+            with adapters_off(self.trainer.rollout_model):
+                self.base = self._sample()
+        return self.base
 
     @torch.no_grad()
     def _sample(self) -> list[Tensor]:

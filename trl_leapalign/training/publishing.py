@@ -1,17 +1,19 @@
 """Pushing to the Hub: weights and their card, never a pickle or a secret."""
 
+import inspect
 import logging
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import CommitInfo, HfApi, get_token
+from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, get_token
 from huggingface_hub.utils import filter_repo_objects
 from safetensors import safe_open
 from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 from transformers.utils.hub import PushInProgress
 
+from ..adapters.model_card import write_model_card
 from ..redaction import SHORTEST_SECRET, secrets_of
 
 logger = logging.getLogger(__name__)
@@ -26,6 +28,24 @@ IGNORED = ("_*", f"{PREFIX_CHECKPOINT_DIR}-*", ".*", "*/.*")
 
 class HubPushes:
     """What a Trainer does to push, with a choice of files: to be inherited from before Trainer."""
+
+    _may_make_repository = False
+
+    def init_hf_repo(self: Trainer, token: str | None = None, private: bool | None = None) -> None:
+        """Make the repository, but not before the trainer is made and its dry run went well.
+
+        Args:
+            token (str | None): of the Hub, with the right to write; None is `hub_token`.
+            private (bool | None): whether a new repository is private; None is `hub_private_repo`.
+        """
+        if self._may_make_repository:
+            super().init_hf_repo(token, private)
+
+    def _make_repository(self: Trainer) -> None:
+        """To be called when nothing can go wrong with the trainer any more."""
+        self._may_make_repository = True
+        if self.args.push_to_hub:
+            self.init_hf_repo()
 
     def push_to_hub(
         self: Trainer,
@@ -48,7 +68,12 @@ class HubPushes:
 
         Returns:
             CommitInfo | Future | None: the commit, or what becomes it unless `blocking`; None on other processes.
+
+        Raises:
+            TypeError: if an argument of the card is unknown, before anything is saved.
+            ValueError: if the Hub refuses the card.
         """
+        inspect.signature(write_model_card).bind(None, None, **card)
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         token = token if token is not None else self.args.hub_token
         if self.hub_model_id is None:
@@ -85,40 +110,58 @@ class HubPushes:
             )
             jobs.append(upload(self, checkpoint_folder, f"{message}, checkpoint", path_in_repo=name, **options))
         if pushing is None or pushing.is_done():
+            self._say_failures()
             self.push_in_progress = PushInProgress(jobs)
         else:
             pushing.jobs.extend(jobs)
 
     def _finish_current_push(self: Trainer) -> None:
         super()._finish_current_push()
+        self._say_failures()
+
+    def _say_failures(self: Trainer) -> None:
+        """Warn of pushes that failed, each once."""
         pushing = getattr(self, "push_in_progress", None)
         for job in pushing.jobs if pushing is not None else []:
             if job.exception() is not None:
                 logger.warning("A push during the training failed: %s", job.exception())
+        self.push_in_progress = None
 
 
 def upload(
-    trainer: Trainer, folder: str | Path, message: str | None, *, revision: str | None = None, **options: Any
+    trainer: Trainer,
+    folder: str | Path,
+    message: str | None,
+    *,
+    path_in_repo: str | None = None,
+    revision: str | None = None,
+    **options: Any,
 ) -> CommitInfo | Future:
-    """Upload what may be published of a folder.
+    """Upload what may be published of a folder, in one commit; none is made if the repository holds it all already.
+
+    The Hub checks the card's metadata before any weights are sent.
 
     Args:
         trainer (LeapAlignTrainer): whose repository it goes to.
         folder (str | Path): output folder or checkpoint of the training.
         message (str | None): of the commit.
+        path_in_repo (str | None): the folder in the repository; None is its top.
         revision (str | None): branch; None is `hub_revision`, or the main one.
-        **options: of `huggingface_hub.HfApi.upload_folder`.
+        **options: of `huggingface_hub.HfApi.create_commit`.
 
     Returns:
         CommitInfo | Future: the commit, or what becomes it.
+
+    Raises:
+        ValueError: if the Hub refuses the card's metadata.
     """
     secrets = secrets_of(vars(trainer.args)) | {options.get("token"), get_token()}
     files = published_files(folder, {each for each in secrets if isinstance(each, str)})
-    return HfApi(library_name="trl_leapalign").upload_folder(
+    prefix = f"{path_in_repo}/" if path_in_repo else ""
+    return HfApi(library_name="trl_leapalign").create_commit(
         repo_id=trainer.hub_model_id,
-        folder_path=folder,
-        commit_message=message,
-        allow_patterns=[_literal(name) for name in files],
+        operations=[CommitOperationAdd(f"{prefix}{name}", Path(folder) / name) for name in files],
+        commit_message=message or "Upload",
         revision=revision or trainer.args.hub_revision,
         **options,
     )
@@ -150,8 +193,3 @@ def _text(path: Path) -> bytes:
         return path.read_bytes()
     with safe_open(path, framework="pt") as file:
         return repr((file.metadata(), list(file.keys()))).encode()
-
-
-def _literal(name: str) -> str:
-    """A pattern that matches one file."""
-    return "".join(f"[{letter}]" if letter in "*?[" else letter for letter in name)

@@ -37,7 +37,7 @@ SAME = (
 noise, or have no effect when the checkpoint's optimizer is loaded."""
 LOGGED = (
     *("cache_prompt_embeddings", "prompt_cache_dir", "offload_text_encoders", "offload_rewards", "reward_device"),
-    *("image_grid_steps", "image_grid_prompts"),
+    *("image_grid_steps", "image_grid_prompts", "adapter_dtype"),
     *("watch_steps", "watch_prompts", "watch_action", "watch_limits"),
     *("max_steps", "max_grad_norm", "max_sample_grad_norm", "activation_checkpointing", "tf32"),
     *("per_device_train_batch_size", "gradient_accumulation_steps", "world_size", "eval_num_steps"),

@@ -75,7 +75,9 @@ class TrainingSaves(Trainer):
         with self._averaged():
             states = {name: gathered_state(denoiser) for name, denoiser in self.denoisers.items()}
             if self.args.should_save:
-                save_trained(self.pipeline, self.denoisers, directory, self.args.full_finetuning, states)
+                save_trained(
+                    self.pipeline, self.denoisers, directory, self.args.full_finetuning, states, self.args.adapter_dtype
+                )
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         writes = self.args.should_save
