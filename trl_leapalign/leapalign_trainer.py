@@ -45,6 +45,7 @@ from .rollout.pipelines import check_call_arguments, load_pipeline, quiet
 from .rollout.recorder import RolloutOutput
 from .rollout.rollout_model import RolloutModel, end_latents, for_copies
 from .training.callbacks import WeightAverage
+from .training.card import describe_training
 from .training.dry_run import DryRun, dry_run
 from .training.groups import Compared, FlatUpdates, Groups
 from .training.guards import (

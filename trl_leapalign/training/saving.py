@@ -75,9 +75,8 @@ class TrainingSaves(Trainer):
         with self._averaged():
             states = {name: gathered_state(denoiser) for name, denoiser in self.denoisers.items()}
             if self.args.should_save:
-                save_trained(
-                    self.pipeline, self.denoisers, directory, self.args.full_finetuning, states, self.args.adapter_dtype
-                )
+                formats = (self.args.full_finetuning, states, self.args.adapter_dtype)
+                save_trained(self.pipeline, self.denoisers, directory, *formats)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         writes = self.args.should_save
