@@ -12,7 +12,7 @@ import torch
 from transformers import TrainingArguments
 
 from .config_checks import METRIC_SCHEDULERS, check_training, check_values, read_dict, refuse_unsupported
-from .methods import METHODS, Method
+from .methods import Method, build_method
 from .process_state import state_of_others_kept
 from .prompts.columns import read_columns
 from .redaction import plain
@@ -449,24 +449,7 @@ class LeapAlignConfig(TrainingArguments):
             ValueError: if the method or one of its settings is unknown, or a setting is out of range.
             TypeError: if `method` is neither a name nor a method.
         """
-        settings = self.method_kwargs
-        if isinstance(self.method, Method):
-            if settings:
-                raise ValueError(
-                    f"method is an instance, so method_kwargs={settings} would have no effect. Pass them to "
-                    f"{type(self.method).__name__}(...) instead."
-                )
-            return self.method
-        if not isinstance(self.method, str):
-            raise TypeError(f"method must be a name or a Method, got {self.method!r}. Names: {sorted(METHODS)}.")
-        if self.method not in METHODS:
-            raise ValueError(f"method={self.method!r} is unknown; choose one of {sorted(METHODS)}.")
-        method = METHODS[self.method]
-        known = [option.name for option in dataclasses.fields(method)]
-        unknown = sorted(set(settings) - set(known))
-        if unknown:
-            raise ValueError(f"The method {self.method!r} has no settings {unknown}; it has {known}.")
-        return method(**settings)
+        return build_method(self.method, self.method_kwargs)
 
     def call_kwargs(self, num_steps: int | None = None) -> dict[str, Any]:
         """Arguments of the pipeline's call that are the same for every batch.
