@@ -3,11 +3,12 @@
 import dataclasses
 import json
 import os
+from numbers import Real
 from typing import Any
 
 import torch
 
-from .prompts.columns import COPIES
+from .prompts.columns import COPIES, read_columns
 from .ranges import Range, check_bool
 
 RESERVED_SAMPLE_KWARGS = {
@@ -81,6 +82,22 @@ UNSUPPORTED = {
     "gradient_checkpointing_kwargs": "diffusers models checkpoint each block without reentrance",
 }
 """Settings of TrainingArguments that cannot work here, and why."""
+
+
+def read_settings(config: Any) -> None:
+    """Turn what the command line and YAML give, such as JSON for a dict or one value for a list, into what is meant."""
+    for name in ("sample_kwargs", "method_kwargs", "model_init_kwargs", "reward_kwargs", "watch_limits"):
+        setattr(config, name, read_dict(name, getattr(config, name)))
+    config.reward_kwargs = {name: read_dict(f"reward_kwargs[{name!r}]", v) for name, v in config.reward_kwargs.items()}
+    for name in ("reward_weights", "reward_threshold"):
+        value = getattr(config, name)
+        if isinstance(value, Real) and not isinstance(value, bool):
+            setattr(config, name, [float(value)])
+    if str(config.resume_from_checkpoint).lower() in ("true", "false"):  # as the command line gives them
+        config.resume_from_checkpoint = True if str(config.resume_from_checkpoint).lower() == "true" else None
+    config.pipeline_columns = read_columns(config.pipeline_columns)
+    if isinstance(config.denoisers, str):
+        config.denoisers = [config.denoisers]
 
 
 def refuse_unsupported(config: Any) -> None:

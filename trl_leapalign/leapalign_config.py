@@ -5,16 +5,14 @@ import dataclasses
 import math
 from dataclasses import dataclass, field
 from functools import cached_property
-from numbers import Real
 from typing import Any
 
 import torch
 from transformers import TrainingArguments
 
-from .config_checks import METRIC_SCHEDULERS, check_training, check_values, read_dict, refuse_unsupported
+from .config_checks import METRIC_SCHEDULERS, check_training, check_values, read_settings, refuse_unsupported
 from .methods import Method, build_method
 from .process_state import state_of_others_kept
-from .prompts.columns import read_columns
 from .redaction import plain
 
 
@@ -418,18 +416,7 @@ class LeapAlignConfig(TrainingArguments):
                 self.max_steps = 300
         if self.learning_rate is None:
             self.learning_rate = 1e-5 if self.full_finetuning else 1e-4
-        for name in ("sample_kwargs", "method_kwargs", "model_init_kwargs", "reward_kwargs", "watch_limits"):
-            setattr(self, name, read_dict(name, getattr(self, name)))
-        self.reward_kwargs = {name: read_dict(f"reward_kwargs[{name!r}]", v) for name, v in self.reward_kwargs.items()}
-        for name in ("reward_weights", "reward_threshold"):
-            value = getattr(self, name)
-            if isinstance(value, Real) and not isinstance(value, bool):
-                setattr(self, name, [float(value)])
-        if str(self.resume_from_checkpoint).lower() in ("true", "false"):  # as the command line gives them
-            self.resume_from_checkpoint = True if str(self.resume_from_checkpoint).lower() == "true" else None
-        self.pipeline_columns = read_columns(self.pipeline_columns)
-        if isinstance(self.denoisers, str):
-            self.denoisers = [self.denoisers]
+        read_settings(self)
         compares = self.load_best_model_at_end or self.save_strategy == "best"
         if self.metric_for_best_model is None and (compares or self.lr_scheduler_type in METRIC_SCHEDULERS):
             self.metric_for_best_model = "reward"

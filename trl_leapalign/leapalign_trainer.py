@@ -194,27 +194,31 @@ class LeapAlignTrainer(TrainingLogs, TrainingSaves, HubPushes, Trainer):
                 callbacks=callbacks,
                 optimizers=optimizers,
             )
-            if self.is_fsdp_enabled:
-                self._base_weights  # noqa: B018  read before they are divided
-            self.sharded = shard_trainer(self)
-            check_optimizer(self.optimizer, self.rollout_model, config.ema_decay)
-            self._given_optimizer = self.optimizer
-            check_optimizer_settings(self)
-            self._state = partial(use_state, self.accelerator.state, config.distributed_state)
-            self.memory = MemorySwitches(self.pipeline, self.denoisers, config)
-            self.callback_handler.callbacks.insert(0, EndInEvaluationMode())
-            if config.ema_decay is not None:
-                self.weight_average = WeightAverage(self.rollout_model, config.ema_decay)
-                self.callback_handler.callbacks.insert(0, self.weight_average)
-            self.memory.place_rewards(self.rewards)
-            if config.image_grid_steps is not None:
-                self.add_callback(ImageGrid(self, self._shown_rows(config.image_grid_prompts), config.image_grid_steps))
-            if config.watch_steps is not None:
-                self.add_callback(Watch(self, self._shown_rows(config.watch_prompts)))
-            self.add_callback(MemoryReport(self))
-            if config.dry_run:
-                self.dry_run()
-            self._make_repository()
+            self._prepare_training(config)
+
+    def _prepare_training(self, config: LeapAlignConfig) -> None:
+        """What comes after Trainer's own preparation: sharding, devices, callbacks and, last, the dry run."""
+        if self.is_fsdp_enabled:
+            self._base_weights  # noqa: B018  read before they are divided
+        self.sharded = shard_trainer(self)
+        check_optimizer(self.optimizer, self.rollout_model, config.ema_decay)
+        self._given_optimizer = self.optimizer
+        check_optimizer_settings(self)
+        self._state = partial(use_state, self.accelerator.state, config.distributed_state)
+        self.memory = MemorySwitches(self.pipeline, self.denoisers, config)
+        self.callback_handler.callbacks.insert(0, EndInEvaluationMode())
+        if config.ema_decay is not None:
+            self.weight_average = WeightAverage(self.rollout_model, config.ema_decay)
+            self.callback_handler.callbacks.insert(0, self.weight_average)
+        self.memory.place_rewards(self.rewards)
+        if config.image_grid_steps is not None:
+            self.add_callback(ImageGrid(self, self._shown_rows(config.image_grid_prompts), config.image_grid_steps))
+        if config.watch_steps is not None:
+            self.add_callback(Watch(self, self._shown_rows(config.watch_prompts)))
+        self.add_callback(MemoryReport(self))
+        if config.dry_run:
+            self.dry_run()
+        self._make_repository()
 
     @property
     def denoisers(self) -> dict[str, nn.Module]:
