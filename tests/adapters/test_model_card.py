@@ -15,6 +15,7 @@ from examples.tiny import tiny_flux
 from trl_leapalign.adapters.model_card import base_licence, hub_id
 from trl_leapalign.adapters.model_task import ModelTask
 from trl_leapalign.rollout.calls import sample_images
+from trl_leapalign.rollout.quantization import Quantization, quantize_pipeline
 
 SOURCES = {
     "text to image": "text-to-image",
@@ -133,11 +134,14 @@ def test_a_base_is_an_id_of_the_hub_or_nothing(tmp_path, monkeypatch):
 
 
 def test_a_quantized_base_is_said(tmp_path):
-    trainer = make_trainer(tmp_path)
-    settings = {"quant_method": "bitsandbytes", "load_in_4bit": True}
-    trainer.pipeline.text_encoder_2.config.quantization_config = settings
+    pytest.importorskip("bitsandbytes")
+    pipeline = tiny_flux()
+    quantize_pipeline(pipeline, Quantization(4))
+    trainer = make_trainer(tmp_path, pipeline)
     trainer.create_model_card()
-    assert "the base was quantized: `text_encoder_2` (bitsandbytes load_in_4bit)" in read(trainer).text
+    assert (
+        "The base was quantized while the adapter was trained (`transformer` by bitsandbytes NF4)" in read(trainer).text
+    )
 
 
 def test_gallery_and_evaluation(tmp_path):

@@ -33,7 +33,8 @@ def lora_state_dict(
     Args:
         denoiser (nn.Module): a diffusers model with one adapter.
         state (dict[str, Tensor] | None): its gathered trained weights, where they are sharded.
-        dtype (str): of the weights, "float32" or "bfloat16"; the scale is applied before.
+        dtype (str): of the weights, "float32", which is float64 for adapters in float64, or "bfloat16"; the scale is
+            applied before.
 
     Returns:
         tuple[dict[str, Tensor], dict]: weights by name, on the CPU, and the PEFT configuration that fits them.
@@ -44,7 +45,8 @@ def lora_state_dict(
         layer, _, kind = key.rpartition(".lora_")
         if kind.startswith(("B.", "embedding_B")):
             value = value * denoiser.get_submodule(layer).scaling[adapter]
-        weights[key] = value.detach().to("cpu", getattr(torch, dtype)).contiguous()
+        wanted = getattr(torch, dtype) if dtype != "float32" else torch.promote_types(value.dtype, torch.float32)
+        weights[key] = value.detach().to("cpu", wanted).contiguous()
     config = denoiser.peft_config[adapter].to_dict()
     config.update(lora_alpha=config["r"], alpha_pattern=dict(config["rank_pattern"]), use_rslora=False)
     return weights, config
