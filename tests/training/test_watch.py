@@ -160,6 +160,19 @@ def test_watching_changes_nothing_else(tmp_path):
     assert len(watched(trainer, "feature_diversity_share")) == 4 and watched(trainer, "feature_diversity")[0] > 0
 
 
+def test_a_training_that_was_stopped_goes_on_with_the_same_numbers(tmp_path):
+    settings = {"save_strategy": "steps", "save_steps": 1, "watch_steps": 1, "watch_prompts": 1}
+    limits = {"base_distance_share": 0.0}
+    stopped = make_trainer(tmp_path, watch_action="stop", watch_limits=limits, **settings)
+    stopped.train()
+    resumed, whole = make_trainer(tmp_path, **settings), make_trainer(tmp_path / "whole", **settings)
+    resumed.train(resume_from_checkpoint=True)
+    whole.train()
+    assert (stopped.state.global_step, resumed.state.global_step) == (1, 2)
+    assert same(trained_weights(resumed), trained_weights(whole))
+    assert watched(resumed, "diversity") == watched(whole, "diversity") and len(watched(whole, "diversity")) == 3
+
+
 def test_full_finetuning_is_compared_with_the_weights_before_training(tmp_path):
     trainer = make_trainer(tmp_path, full_finetuning=True, learning_rate=1e-3, watch_steps=1, watch_prompts=1)
     trainer.train()

@@ -88,7 +88,9 @@ class Watch(TrainerCallback):
             self.base = self._sample_all()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._look(control)
+        self.raised.clear()
+        if state.global_step == 0:  # one that is resumed has looked already
+            self._look(control)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step % args.watch_steps == 0:
