@@ -56,9 +56,12 @@ def test_features_are_compared_by_their_cosine():
 
 
 def test_shares_leave_out_what_the_base_lacks():
-    base = {"diversity": 0.0, "color_diversity": 0.5, "saturated": 0.75}
-    found = shares({"diversity": 0.1, "color_diversity": 0.25, "saturated": 0.5, "base_distance": 0.1}, base)
-    assert found == {"color_diversity_share": 0.5, "unsaturated_share": 2.0}
+    gray = {"mean_red": 0.5, "mean_green": 0.5, "mean_blue": 0.5}
+    base = {"diversity": 0.0, "color_diversity": 0.5, "saturated": 0.75, **gray}
+    moved = {"color_diversity": 0.25, "saturated": 0.5, **gray, "mean_red": 0.5 + 0.1 * 3**0.5}
+    found = shares({"diversity": 0.1, "base_distance": 0.1, **moved}, base)
+    expected = {"color_diversity_share": 0.5, "unsaturated_share": 2.0, "color_shift_share": 0.2}
+    assert found == pytest.approx(expected, rel=1e-12)
     assert LIMITS.keys() == MEANINGS.keys()
 
 
