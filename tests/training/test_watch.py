@@ -56,9 +56,12 @@ def test_features_are_compared_by_their_cosine():
 
 
 def test_shares_leave_out_what_the_base_lacks():
-    base = {"diversity": 0.0, "color_diversity": 0.5, "saturated": 0.75}
-    found = shares({"diversity": 0.1, "color_diversity": 0.25, "saturated": 0.5, "base_distance": 0.1}, base)
-    assert found == {"color_diversity_share": 0.5, "unsaturated_share": 2.0}
+    gray = {"mean_red": 0.5, "mean_green": 0.5, "mean_blue": 0.5}
+    base = {"diversity": 0.0, "color_diversity": 0.5, "saturated": 0.75, **gray}
+    moved = {"color_diversity": 0.25, "saturated": 0.5, **gray, "mean_red": 0.5 + 0.1 * 3**0.5}
+    found = shares({"diversity": 0.1, "base_distance": 0.1, **moved}, base)
+    expected = {"color_diversity_share": 0.5, "unsaturated_share": 2.0, "color_shift_share": 0.2}
+    assert found == pytest.approx(expected, rel=1e-12)
     assert LIMITS.keys() == MEANINGS.keys()
 
 
@@ -158,6 +161,19 @@ def test_watching_changes_nothing_else(tmp_path):
     own = [entry for entry in logged(trainer) if not any(key.startswith("watch/") for key in entry)]
     assert own == logged(plain)
     assert len(watched(trainer, "feature_diversity_share")) == 4 and watched(trainer, "feature_diversity")[0] > 0
+
+
+def test_a_training_that_was_stopped_goes_on_with_the_same_numbers(tmp_path):
+    settings = {"save_strategy": "steps", "save_steps": 1, "watch_steps": 1, "watch_prompts": 1}
+    limits = {"base_distance_share": 0.0}
+    stopped = make_trainer(tmp_path, watch_action="stop", watch_limits=limits, **settings)
+    stopped.train()
+    resumed, whole = make_trainer(tmp_path, **settings), make_trainer(tmp_path / "whole", **settings)
+    resumed.train(resume_from_checkpoint=True)
+    whole.train()
+    assert (stopped.state.global_step, resumed.state.global_step) == (1, 2)
+    assert same(trained_weights(resumed), trained_weights(whole))
+    assert watched(resumed, "diversity") == watched(whole, "diversity") and len(watched(whole, "diversity")) == 3
 
 
 def test_full_finetuning_is_compared_with_the_weights_before_training(tmp_path):

@@ -1,6 +1,7 @@
 """Guards against reward hacking: numbers of fixed pictures and of evaluations that warn of it, or stop the training."""
 
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,6 +26,7 @@ from .optimizers import evaluation_mode
 
 logger = logging.getLogger(__name__)
 
+COLORS = ("mean_red", "mean_green", "mean_blue")
 SAMPLES = 4
 """Pictures of each prompt."""
 LIMITS = {
@@ -32,6 +34,7 @@ LIMITS = {
     "color_diversity_share": 0.5,
     "feature_diversity_share": 0.5,
     "unsaturated_share": 0.5,
+    "color_shift_share": 0.5,
     "base_distance_share": None,
     "held_out_falls": 3,
 }
@@ -41,10 +44,11 @@ MEANINGS = {
     "color_diversity_share": "Pictures of one prompt have come to share their colours",
     "feature_diversity_share": "To the reward's own features, pictures of one prompt have become alike",
     "unsaturated_share": "Pictures burn out: more and more values lie at the ends of their range",
+    "color_shift_share": "Over all pictures, some colours win and others are lost",
     "base_distance_share": "Pictures are far from those of the base with the same noise",
     "held_out_falls": "What is not trained on falls from evaluation to evaluation while the trained reward is higher",
 }
-LARGEST = ("base_distance_share", "held_out_falls")
+LARGEST = ("color_shift_share", "base_distance_share", "held_out_falls")
 """Numbers that must stay at or below their limit (falls: below); the others must stay at or above it."""
 
 
@@ -57,13 +61,16 @@ class Watch(TrainerCallback):
 
     - watch/diversity: mean rms(a - b) over pairs of pictures;
     - watch/color_diversity: the same of the pictures' mean colours, which places do not blur; not for sound;
+    - watch/mean_red, mean_green and mean_blue: the mean colour of all pictures;
     - watch/feature_diversity: mean 1 - cosine over pairs, of the first reward with a method `image_features(images)`
       that maps (B, 3, H, W) to (B, D), as those made of CLIP have;
     - watch/base_distance: mean rms(a - a_base), a_base the base's picture with the same noise;
     - watch/saturated: share of values at the ends of their range.
 
     Each ..._share is the number over that of the base's own pictures, 1 before training: of base_distance over the
-    base's diversity, of saturation in shares that are not saturated. The base is the pipeline without adapters, or
+    base's diversity, of saturation in shares that are not saturated; of color_shift, the rms between the mean colour
+    and the base's, over the base's color_diversity. Where one colour is drawn in place of another, pictures may stay as
+    diverse as they were, but their mean colour moves. The base is the pipeline without adapters, or
     before training where all weights are trained.
 
     Evaluations are watched without further sampling: watch/held_out_falls is how many times in a row an evaluated
@@ -88,7 +95,9 @@ class Watch(TrainerCallback):
             self.base = self._sample_all()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._look(control)
+        self.raised.clear()
+        if state.global_step == 0:  # one that is resumed has looked already
+            self._look(control)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step % args.watch_steps == 0:
@@ -168,13 +177,14 @@ def measure(images: Tensor, features: Callable[[Tensor], Tensor] | None = None) 
         features (Callable | None): maps images, shape (B, 3, H, W), to features, shape (B, D).
 
     Returns:
-        dict[str, float]: "diversity", "saturated", of pictures "color_diversity", and with features of images
-        "feature_diversity".
+        dict[str, float]: "diversity", "saturated", of pictures "color_diversity" and the mean of each of `COLORS`, and
+        with features of images "feature_diversity".
     """
     numbers = {"diversity": pairwise_mean(_rms, images), "saturated": saturated(images).mean().item()}
     if images.ndim > 3:
         colors = images.mean((-2, -1)) if images.ndim == 4 else images.mean((1, -2, -1))
         numbers["color_diversity"] = pairwise_mean(_rms, colors)
+        numbers.update(zip(COLORS, colors.mean(0).tolist(), strict=True))
     if features is not None and images.ndim == 4:
         directions = F.normalize(features(images).double(), dim=-1)
         numbers["feature_diversity"] = pairwise_mean(lambda d: d.square().sum(-1) / 2, directions)  # 1 - cosine
@@ -208,6 +218,9 @@ def shares(numbers: dict[str, float], base: dict[str, float]) -> dict[str, float
     pairs = {name: (numbers[name], base[name]) for name in numbers if name.endswith("diversity")}
     pairs["unsaturated"] = (1 - numbers["saturated"], 1 - base["saturated"])
     pairs["base_distance"] = (numbers["base_distance"], base["diversity"])
+    if "color_diversity" in base:
+        shift = math.sqrt(fmean((numbers[name] - base[name]) ** 2 for name in COLORS))
+        pairs["color_shift"] = (shift, base["color_diversity"])
     return {f"{name}_share": part / whole for name, (part, whole) in pairs.items() if whole > 0}
 
 
