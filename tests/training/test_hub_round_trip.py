@@ -9,7 +9,6 @@ import pytest
 import torch
 from hub_server import hub_server
 from pipeline_cases import CASES
-from pyarrow.parquet import read_table
 from training_cases import PROMPTS, make_trainer, redness
 from training_cases import sample as sample_flux
 
@@ -95,13 +94,13 @@ def test_evaluate_takes_the_id_of_an_adapter(pushed, tmp_path):
     options = {"pipeline": "examples.tiny:tiny_flux", "prompts": str(tmp_path / "prompts.txt")}
     options |= {"evaluators": "training_cases:redness", "images_per_prompt": "1", "num_inference_steps": "3"}
     options |= {"height": "16", "width": "16"}
-    scores = {}
+    images = {}
     for name, adapter in {"id": "user/tuned", "folder": str(tmp_path / "run"), "none": None}.items():
         options["output_dir"] = str(tmp_path / name)
         more = {"adapter": adapter} if adapter else {}
         main(["evaluate", *(part for key, value in {**options, **more}.items() for part in (f"--{key}", value))])
-        scores[name] = read_table(tmp_path / name / "scores.parquet")["score"].to_pylist()
-    assert scores["id"] == scores["folder"] != scores["none"] and len(scores["id"]) == 2
+        images[name] = [path.read_bytes() for path in sorted((tmp_path / name / "images").rglob("*.png"))]
+    assert images["id"] == images["folder"] != images["none"] and len(images["id"]) == 2
 
 
 def test_training_goes_on_from_the_hub(pushed, tmp_path):
