@@ -25,12 +25,13 @@ LORA_FILE = "pytorch_lora_weights.safetensors"
 PEFT_PREFIX = "base_model.model."
 
 
-def lora_state_dict(denoiser: nn.Module, dtype: str = "float32") -> tuple[dict[str, Tensor], dict]:
+def lora_state_dict(denoiser: nn.Module, dtype: str | None = None) -> tuple[dict[str, Tensor], dict]:
     """Read an adapter so that it means the same everywhere: alpha equals the rank, the scale is in lora_B.
 
     Args:
         denoiser (nn.Module): a diffusers model with one adapter.
-        dtype (str): of the weights, "float32" or "bfloat16"; the scale is applied before.
+        dtype (str | None): of the weights, "float32" or "bfloat16"; the scale is applied before. None keeps that of the
+            adapter.
 
     Returns:
         tuple[dict[str, Tensor], dict]: weights by name, on the CPU, and the PEFT configuration that fits them.
@@ -41,7 +42,7 @@ def lora_state_dict(denoiser: nn.Module, dtype: str = "float32") -> tuple[dict[s
         layer, _, kind = key.rpartition(".lora_")
         if kind.startswith(("B.", "embedding_B")):
             value = value * denoiser.get_submodule(layer).scaling[adapter]
-        weights[key] = value.detach().to("cpu", getattr(torch, dtype)).contiguous()
+        weights[key] = value.detach().to("cpu", getattr(torch, dtype) if dtype else value.dtype).contiguous()
     config = denoiser.peft_config[adapter].to_dict()
     config.update(lora_alpha=config["r"], alpha_pattern=dict(config["rank_pattern"]), use_rslora=False)
     return weights, config
@@ -52,7 +53,7 @@ def save_trained(
     denoisers: dict[str, nn.Module],
     directory: str | Path,
     full_finetuning: bool,
-    adapter_dtype: str = "float32",
+    adapter_dtype: str | None = None,
 ) -> None:
     """Save the trained weights in the format that diffusers loads, read them back and compare.
 
@@ -64,7 +65,8 @@ def save_trained(
         denoisers (dict[str, nn.Module]): unwrapped modules by component name.
         directory (str | Path): the folder to write into.
         full_finetuning (bool): whether all weights were trained.
-        adapter_dtype (str): of an adapter's file, "float32" or "bfloat16", half as large and with 8 of 24 bits.
+        adapter_dtype (str | None): of an adapter's file, "float32" or "bfloat16", half as large and with 8 of 24 bits
+            of precision. None keeps that of the adapter.
 
     Raises:
         RuntimeError: if what is read back differs from what was trained.
