@@ -26,7 +26,7 @@ ALLOWED = {
     "methods": {"ranges"},
     "rewards": {"media", "ranges"},
     "rollout": {"media", "ranges", "prompts", "methods"},
-    "adapters": {"rollout"},
+    "adapters": {"prompts", "rollout"},
     "leapalign_config": {"ranges", "prompts", "methods"},
     "training": {"media", "ranges", "prompts", "methods", "rewards", "rollout", "adapters", "leapalign_config"},
     "evaluation": {"media", "ranges", "prompts", "rewards", "rollout", "adapters"},
