@@ -26,8 +26,9 @@ ALLOWED = {
     "methods": {"ranges"},
     "rewards": {"media", "ranges"},
     "rollout": {"media", "ranges", "prompts", "methods"},
-    "adapters": {"rollout"},
-    "leapalign_config": {"ranges", "process_state", "prompts", "methods"},
+    "adapters": {"prompts", "rollout"},
+    "config_checks": {"ranges", "prompts"},
+    "leapalign_config": {"config_checks", "ranges", "process_state", "prompts", "methods"},
     "training": {
         *("media", "ranges", "process_state", "prompts", "methods", "rewards", "rollout", "adapters"),
         "leapalign_config",

@@ -26,15 +26,15 @@ PEFT_PREFIX = "base_model.model."
 
 
 def lora_state_dict(
-    denoiser: nn.Module, state: dict[str, Tensor] | None = None, dtype: str = "float32"
+    denoiser: nn.Module, state: dict[str, Tensor] | None = None, dtype: str | None = None
 ) -> tuple[dict[str, Tensor], dict]:
     """Read an adapter so that it means the same everywhere: alpha equals the rank, the scale is in lora_B.
 
     Args:
         denoiser (nn.Module): a diffusers model with one adapter.
         state (dict[str, Tensor] | None): its gathered trained weights, where they are sharded.
-        dtype (str): of the weights, "float32", which is float64 for adapters in float64, or "bfloat16"; the scale is
-            applied before.
+        dtype (str | None): of the weights, "float32" or "bfloat16"; the scale is applied before. None keeps that of the
+            adapter.
 
     Returns:
         tuple[dict[str, Tensor], dict]: weights by name, on the CPU, and the PEFT configuration that fits them.
@@ -45,8 +45,7 @@ def lora_state_dict(
         layer, _, kind = key.rpartition(".lora_")
         if kind.startswith(("B.", "embedding_B")):
             value = value * denoiser.get_submodule(layer).scaling[adapter]
-        wanted = getattr(torch, dtype) if dtype != "float32" else torch.promote_types(value.dtype, torch.float32)
-        weights[key] = value.detach().to("cpu", wanted).contiguous()
+        weights[key] = value.detach().to("cpu", getattr(torch, dtype) if dtype else value.dtype).contiguous()
     config = denoiser.peft_config[adapter].to_dict()
     config.update(lora_alpha=config["r"], alpha_pattern=dict(config["rank_pattern"]), use_rslora=False)
     return weights, config
@@ -58,7 +57,7 @@ def save_trained(
     directory: str | Path,
     full_finetuning: bool,
     states: dict[str, dict[str, Tensor] | None] | None = None,
-    adapter_dtype: str = "float32",
+    adapter_dtype: str | None = None,
 ) -> None:
     """Save the trained weights in the format that diffusers loads, read them back and compare.
 
@@ -72,7 +71,8 @@ def save_trained(
         full_finetuning (bool): whether all weights were trained.
         states (dict[str, dict[str, Tensor] | None] | None): by component, the gathered trained weights of those that
             are sharded.
-        adapter_dtype (str): of an adapter's file, "float32" or "bfloat16", half as large and with 8 of 24 bits.
+        adapter_dtype (str | None): of an adapter's file, "float32" or "bfloat16", half as large and with 8 of 24 bits
+            of precision. None keeps that of the adapter.
 
     Raises:
         RuntimeError: if what is read back differs from what was trained.

@@ -1,12 +1,10 @@
 """What a training tells its model card."""
 
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import diffusers
-import peft
 import torch
-import transformers
 from PIL import Image
 from torch import Tensor
 
@@ -14,6 +12,7 @@ from ..adapters.lora import adapter_name
 from ..adapters.model_card import BeforeAfter, TrainedModel
 from .image_grid import ImageGrid
 
+LIBRARIES = ("trl_leapalign", "diffusers", "peft", "transformers", "torch")
 SETTINGS = {
     "sample_num_steps": "sampling steps",
     "sample_guidance_scale": "guidance_scale",
@@ -67,8 +66,6 @@ def describe_training(trainer: Any) -> TrainedModel:
 
 
 def _settings(trainer: Any) -> dict[str, Any]:
-    from .. import __version__
-
     args = trainer.args
     set_ones = {title: getattr(args, name) for name, title in SETTINGS.items() if getattr(args, name) is not None}
     rewards = zip(trainer.rewards.names, trainer.rewards.weights, trainer.rewards.thresholds, strict=True)
@@ -77,16 +74,21 @@ def _settings(trainer: Any) -> dict[str, Any]:
     ]
     cuda = args.device.type == "cuda"
     hardware = torch.cuda.get_device_name(args.device) if cuda else args.device.type.upper()
-    libraries = (("trl_leapalign", __version__), ("diffusers", diffusers.__version__), ("peft", peft.__version__))
-    libraries += (("transformers", transformers.__version__), ("torch", torch.__version__))
     return {
         "updates": trainer.state.global_step,
         "rewards": ", ".join(described),
         **_ranks(trainer),
         **set_ones,
         "hardware": f"{args.world_size} x {hardware}",
-        "versions": ", ".join(f"{name} {version}" for name, version in libraries),
+        "versions": ", ".join(f"{name} {_version(name)}" for name in LIBRARIES),
     }
+
+
+def _version(library: str) -> str:
+    try:
+        return version(library)
+    except PackageNotFoundError:  # run from its sources
+        return "of the sources"
 
 
 def _ranks(trainer: Any) -> dict[str, Any]:
