@@ -214,3 +214,13 @@ def test_adapters_of_a_pipeline_that_cannot_save_them_load_into_the_module(tmp_p
     without = tiny_flux()("a cat", height=16, width=16, num_inference_steps=2, max_sequence_length=16,
                           output_type="latent", generator=torch.Generator().manual_seed(0)).images  # fmt: skip
     assert (images - without).abs().max() > 1e-3
+
+
+def test_equal_weights_are_equal_files(tmp_path):
+    pipeline = tiny_flux()
+    attach_lora({"transformer": pipeline.transformer}, None)
+    contents = set()
+    for _ in range(10):  # safetensors writes metadata in another order each time
+        save_trained(pipeline, {"transformer": pipeline.transformer}, tmp_path, full_finetuning=False)
+        contents.add((tmp_path / LORA_FILE).read_bytes())
+    assert len(contents) == 1

@@ -48,7 +48,7 @@ def lora_state_dict(
         weights[key] = value.detach().to("cpu", getattr(torch, dtype) if dtype else value.dtype).contiguous()
     config = denoiser.peft_config[adapter].to_dict()
     config.update(lora_alpha=config["r"], alpha_pattern=dict(config["rank_pattern"]), use_rslora=False)
-    return weights, config
+    return weights, {name: sorted(value) if isinstance(value, set) else value for name, value in config.items()}
 
 
 def save_trained(
@@ -158,6 +158,7 @@ def _save_with_pipeline(
         arguments |= {f"{name}_lora_layers": weights, f"{name}_lora_adapter_metadata": config}
         expected |= {f"{name}.{key}": value for key, value in weights.items()}
     pipeline.save_lora_weights(directory, **arguments)
+    _order_metadata(directory / LORA_FILE)
     _compare(load_file(directory / LORA_FILE), expected, directory / LORA_FILE)
 
 
@@ -180,7 +181,20 @@ def _save_for_modules(
             metadata = {"format": "pt"}
             LoraConfig(**config).save_pretrained(folder)
         save_file(weights, file, metadata=metadata)
+        _order_metadata(file)
         _compare(load_file(file), weights, file)
+
+
+def _order_metadata(file: Path) -> None:
+    """Sort a file's metadata, which safetensors writes in any order, so that equal weights are equal files."""
+    with file.open("r+b") as stream:
+        size = int.from_bytes(stream.read(8), "little")
+        header = json.loads(stream.read(size))
+        header["__metadata__"] = dict(sorted(header.get("__metadata__", {}).items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(text) <= size:
+            stream.seek(8)
+            stream.write(text.ljust(size))
 
 
 class _SavedTensors(Mapping):
