@@ -216,7 +216,7 @@ def make_floor(trainer: LeapAlignTrainer, calls: list[Call], inputs: dict[str, l
         for call in calls:
             with torch.set_grad_enabled(call.with_gradients):
                 results.append(call.module(*call.args, **call.kwargs)[0])
-        decoded = trainer.pipeline.vae.decode(latents[0].detach().requires_grad_(), return_dict=False)[0]
+        decoded = trainer.pipeline.vae.decode(torch.cat(latents).detach().requires_grad_(), return_dict=False)[0]
         pictures = trainer.pipeline.image_processor.postprocess(decoded, output_type="pt")
         scores = trainer.rewards(pictures, inputs["prompts"] * copies, inputs["metadata"] * copies)
         scores.rewards.sum().backward()

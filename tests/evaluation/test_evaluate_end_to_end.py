@@ -1,6 +1,7 @@
 """`trl-leapalign evaluate` from folders of weights, with GenEval, UnifiedReward and a reward: run through by one
 process, stopped and resumed by two, and compared with an adapter."""
 
+import contextlib
 import json
 import math
 import multiprocessing
@@ -101,6 +102,8 @@ def start_two(options):
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
+    with contextlib.suppress(ImportError):
+        import bitsandbytes  # noqa: F401  transformers would import it after the fork, when torch's threads are gone
     context = multiprocessing.get_context("fork")  # what is imported need not be imported again
     processes = [context.Process(target=one_of_two, args=(rank, port, options)) for rank in (0, 1)]
     for process in processes:
