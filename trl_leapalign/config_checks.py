@@ -151,6 +151,8 @@ def check_values(config: Any) -> None:
         )
     if config.watch_action not in ("warn", "stop"):
         raise ValueError(f"watch_action={config.watch_action!r} is unknown; choose 'warn' or 'stop'.")
+    if config.watch_action != "warn" and config.watch_steps is None:
+        raise ValueError(f"watch_action={config.watch_action!r} has no effect without watch_steps. Set watch_steps.")
     if config.watch_limits and config.watch_steps is None:
         raise ValueError(f"watch_limits={config.watch_limits} have no effect without watch_steps. Set watch_steps.")
     for name in ("full_finetuning", "dry_run", "normalize_rewards", *MEMORY_SWITCHES):

@@ -129,11 +129,11 @@ class LeapAlignTrainer(TrainingLogs, TrainingSaves, HubPushes, Trainer):
         config = copy.copy(config) if config is not None else LeapAlignConfig()
         check_output_dir(config)
         set_seed(config.seed)
-        reward_function = named_rewards(reward_function, config.reward_kwargs)
+        named = {"activation_checkpointing": True} if config.activation_checkpointing else {}
+        reward_function = named_rewards(reward_function, config.reward_kwargs, named)
         check_reward_settings(reward_function, config.reward_weights, config.reward_threshold)
         self.pipeline = load_pipeline(pipeline, config.device, config.model_init_kwargs)
         check_call_arguments(self.pipeline, ["prompt", "generator", *config.call_kwargs()])
-        named = {"activation_checkpointing": True} if config.activation_checkpointing else {}
         self.rewards = RewardSet(reward_function, config.reward_weights, config.reward_threshold, named)
         self.image_samples_hook = image_samples_hook
         self.prompt_source = choose_prompts(
@@ -143,9 +143,10 @@ class LeapAlignTrainer(TrainingLogs, TrainingSaves, HubPushes, Trainer):
             train_prompts=read_if_geneval(config.train_prompts, config.prompt_column),
         )
         check_evaluation(config, self.rewards.names, eval_dataset)
-        eval_source = read_if_geneval(
-            eval_dataset if eval_dataset is not None else config.eval_prompts, config.prompt_column
-        )
+        eval_source = eval_dataset if eval_dataset is not None else config.eval_prompts
+        if is_named(eval_source):
+            eval_source = {name: read_if_geneval(own, config.prompt_column) for name, own in eval_source.items()}
+        eval_source = read_if_geneval(eval_source, config.prompt_column)
         eval_rows = load_named_prompts(eval_source, config.prompt_column, split="test")
         for rows in eval_rows.values() if is_named(eval_rows) else [eval_rows]:
             check_rows(reward_function, self.prompt_source, rows)
@@ -339,6 +340,7 @@ class LeapAlignTrainer(TrainingLogs, TrainingSaves, HubPushes, Trainer):
             parts = [self.evaluate(own, ignore_keys, f"{metric_key_prefix}_{name}") for name, own in source.items()]
             return {key: value for part in parts for key, value in part.items()}
         self._state()
+        source = read_if_geneval(source, self.args.prompt_column)
         rows = load_prompts(source, self.args.prompt_column, split="test")
         self.columns.check(rows)
         check_weights(self.rollout_model)
@@ -350,7 +352,7 @@ class LeapAlignTrainer(TrainingLogs, TrainingSaves, HubPushes, Trainer):
                 self.pipeline,
                 self.rewards,
                 rows,
-                range(self.args.process_index, len(rows), self.args.world_size),
+                self._own_indices(len(rows)),
                 self.args.call_kwargs(self.args.eval_num_steps),
                 prompt_column=self.args.prompt_column,
                 seed=self.args.seed,
@@ -360,7 +362,8 @@ class LeapAlignTrainer(TrainingLogs, TrainingSaves, HubPushes, Trainer):
                 scores = batch.scores
                 check_finite(scores, self.rewards.names, batch.prompts)
                 values = {"reward": scores.total, **scores.metrics}
-                columns.append({name: value.float().reshape(-1).tolist() for name, value in values.items()})
+                count = sum(index < len(rows) for index in batch.indices)  # those beyond keep sharded processes in step
+                columns.append({name: value.float().reshape(-1)[:count].tolist() for name, value in values.items()})
                 if shows and sum(len(images) for images, *_ in batches) < MOST_SHOWN:
                     shown = (batch.images, batch.prompts, batch.metadata, scores.total, scores.details)
                     batches.append(on_cpu(shown))
@@ -372,6 +375,12 @@ class LeapAlignTrainer(TrainingLogs, TrainingSaves, HubPushes, Trainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, logs)
         self._show(batches)
         return logs
+
+    def _own_indices(self, count: int) -> range:
+        """Numbers of the images that this process makes; as many as the others' where weights are sharded."""
+        processes = self.args.world_size
+        end = -(-count // processes) * processes if self.sharded else count
+        return range(self.args.process_index, end, processes)
 
     def predict(self, *arguments: Any, **options: Any) -> None:
         """Not for images: use `evaluate`, or the pipeline itself.

@@ -30,8 +30,9 @@ from training_cases import (
 from transformers import TrainingArguments
 
 from examples.tiny import tiny_flux, tiny_sd3
-from trl_leapalign import LeapAlignConfig, leapalign_trainer
+from trl_leapalign import LeapAlignConfig
 from trl_leapalign.adapters.saving import LORA_FILE, _compare, loading_lines, save_trained
+from trl_leapalign.training import saving
 from trl_leapalign.training.checkpoints import (
     SEAL_FILE,
     UNFINISHED_FILE,
@@ -338,7 +339,7 @@ def test_old_checkpoints_are_removed_after_the_new_one_is_sealed(copied, monkeyp
     def stopped(directory):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(leapalign_trainer, "seal_checkpoint", stopped)
+    monkeypatch.setattr(saving, "seal_checkpoint", stopped)
     settings = {"max_steps": 3, "save_strategy": "steps", "save_steps": 1, "sample_num_steps": 2}
     with pytest.raises(KeyboardInterrupt):
         make_trainer(copied, save_total_limit=1, **settings).train(resume_from_checkpoint=True)

@@ -107,5 +107,5 @@ def test_only_the_first_process_writes(training, runs):
 def test_nan_in_one_process_stops_all(runs):
     for process in (0, 1):
         message = seen(runs, "two", process)["nan"]
-        assert message.startswith("1: Update 2: the loss or its gradient is not finite"), message
+        assert message.startswith("1: Update 2: a reward, the loss or its gradient is not finite"), message
     assert seen(runs, "one")["nan"].startswith("1: Update 2: ")

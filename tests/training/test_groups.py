@@ -2,6 +2,7 @@
 
 import itertools
 import logging
+import random
 
 import pytest
 import torch
@@ -232,8 +233,7 @@ def test_resuming_twice_equals_never_stopping(pairs, tmp_path):
 
 
 def test_a_prompt_function_is_called_once_a_group(tmp_path):
-    numbers = itertools.count()
-    trainer = trainer_of(tmp_path, prompts=lambda: (f"a red circle {next(numbers)}", {}))
+    trainer = trainer_of(tmp_path, prompts=lambda: (f"a red circle {random.random()}", {}))
     drawn = [trainer.train_dataset[index]["prompt"] for index in range(8)]
     assert len(set(drawn[:4])) == len(set(drawn[4:])) == 1 and drawn[0] != drawn[4]
 
@@ -334,3 +334,23 @@ def test_numbers_that_are_not_finite_change_no_weight(tmp_path):
     with pytest.raises(FloatingPointError, match="Update 1"):
         trainer.train()
     assert same(trained_weights(trainer), before)
+
+
+@pytest.mark.parametrize("reward", [BlackBox(Size()), Size()], ids=["black box", "latents"])
+def test_activations_are_recomputed_where_nothing_is_decoded_with_gradients(reward, tmp_path):
+    plain, checkpointed = (
+        trainer_of(tmp_path / str(on), reward, activation_checkpointing=on, max_steps=1) for on in (False, True)
+    )
+    for trainer in (plain, checkpointed):
+        trainer.train()
+    for ours, theirs in zip(*(trainer.rollout_model.parameters() for trainer in (plain, checkpointed)), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_flat_updates_are_counted_beside_a_differentiable_reward(tmp_path):
+    def constant(images, prompts, metadata):
+        return [1.0] * len(images)
+
+    trainer = trainer_of(tmp_path, [BlackBox(constant), redness], max_steps=1)
+    trainer.train()
+    assert trainer.state.log_history[0]["flat_updates"] == 1

@@ -31,6 +31,7 @@ from ..media import as_text, save_sample
 from ..prompts.columns import CallColumns
 from ..ranges import Range
 from ..rewards import NamedReward, RewardFunction, RewardSet
+from ..rewards.reward_set import unwrapped
 from ..rollout.pipelines import quiet
 from ..training.guards import NothingLearnt
 from .report import BASE, Result, write_report
@@ -392,7 +393,7 @@ def _agreed(value: bool) -> bool:
 def _identity(function: RewardFunction) -> str | None:
     """What a reward or judge is, in a word; None if that cannot be told, so that its results are not used again."""
     try:
-        return identify(function)
+        return identify(unwrapped(function))
     except Unidentifiable as error:
         logger.warning(f"{function!r} cannot be identified, so what is finished with it is done again: {error}")
         return None

@@ -164,12 +164,15 @@ def _settings_of(load: Callable[..., RewardFunction]) -> list[str]:
     return names
 
 
-def named_rewards(functions: Any, settings: Mapping[str, Mapping[str, Any]]) -> list[Any]:
+def named_rewards(
+    functions: Any, settings: Mapping[str, Mapping[str, Any]], defaults: Mapping[str, Any] | None = None
+) -> list[Any]:
     """Let the names of evaluators stand for rewards, with their settings, beside those of built-in rewards.
 
     Args:
         functions (Any): a reward function, an `Evaluator` or a name, or a list of them.
         settings (Mapping[str, Mapping[str, Any]]): by name, settings of its `from_pretrained`.
+        defaults (Mapping[str, Any] | None): settings beneath these, for those that have them.
 
     Returns:
         list[Any]: the same with an `Evaluator` in place of each name that has settings or is no built-in reward;
@@ -187,11 +190,17 @@ def named_rewards(functions: Any, settings: Mapping[str, Mapping[str, Any]]) -> 
             f"{[item for item in listed if isinstance(item, str)]}."
         )
     return [
-        named_evaluator(item, **settings.get(item, {}))
+        named_evaluator(item, **{**_known(item, defaults or {}), **settings.get(item, {})})
         if isinstance(item, str) and (item in settings or item in EVALUATORS.keys() - REWARDS.keys())
         else item
         for item in listed
     ]
+
+
+def _known(name: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of some settings that an evaluator has."""
+    known = _settings_of(EVALUATORS[name]) if name in EVALUATORS else []
+    return {key: value for key, value in settings.items() if key in known}
 
 
 def check_rows(rewards: Sequence[Any], *sources: Any) -> None:

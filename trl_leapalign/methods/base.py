@@ -116,10 +116,11 @@ class Method(ABC, Generic[PlanT]):
     """A way of turning the gradient of a reward into a gradient of the denoiser; `PlanT` is the plan that it draws.
 
     `ends_sampling` says whether what is rewarded comes from the end of the whole sampling, one image a sample; rewards
-    without gradient need it.
+    without gradient need it. `has_gradients` is False for one that only samples.
     """
 
     ends_sampling: ClassVar[bool] = True
+    has_gradients: ClassVar[bool] = True
 
     @abstractmethod
     def plan(self, schedule: Schedule, generator: torch.Generator | None) -> PlanT:

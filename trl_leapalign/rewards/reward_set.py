@@ -269,6 +269,14 @@ def _bare(function: RewardFunction) -> RewardFunction:
     return function.function if isinstance(function, PlacedReward) else function
 
 
+def unwrapped(function: RewardFunction) -> RewardFunction:
+    """A reward's own function: without `BlackBox`, and without what moves it between devices."""
+    bare = function.function if isinstance(function, PlacedReward) else function
+    if isinstance(bare, BlackBox):
+        bare = bare.function
+    return bare.function if isinstance(bare, PlacedReward) else bare
+
+
 def _model(function: RewardFunction) -> nn.Module | None:
     """The model that a reward is, if it is one."""
     bare = _bare(function)

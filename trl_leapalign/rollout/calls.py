@@ -21,6 +21,8 @@ NO_COLUMNS = CallColumns()
 class NoGradients(Method):
     """Samples as the pipeline does, with no step active."""
 
+    has_gradients = False
+
     def plan(self, schedule: Schedule, generator: torch.Generator | None) -> Plan:
         return Plan(())
 

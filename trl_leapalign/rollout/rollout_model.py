@@ -173,11 +173,12 @@ class RolloutModel(nn.Module):
         )
 
     def _checked_rollout(self, apply: Callable[..., Any], *batch: Any) -> Tensor:
+        decoding, self.decoding = self.decoding, "differentiable"  # the plain call that it is compared with decodes too
         self.apply_checkpoint = apply
         try:
             return self.rollout(DRaFT(num_last_steps=1), *batch).images
         finally:
-            self.apply_checkpoint = None
+            self.apply_checkpoint, self.decoding = None, decoding
 
     def with_backward(self, run: Callable[[], T]) -> T:
         """Run something with a backward pass; again with copies if the pipeline wrote into what that needs.

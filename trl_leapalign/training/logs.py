@@ -48,6 +48,7 @@ class TrainingLogs(Trainer):
                 **({} if output.penalty is None else {"base_distance": output.penalty.detach()}),
                 **({} if self.rewards.decoding == "none" else {"saturated": saturated(images)}),
                 "below_threshold": below_threshold(scores.rewards, self.rewards.thresholds, compared.teaching),
+                "pairs_teach": _any_pair_differs(compared, loss.device),
                 "finite": torch.isfinite(loss) & torch.isfinite(scores.rewards).all(),
             }
         )
@@ -62,7 +63,8 @@ class TrainingLogs(Trainer):
         finite = self._metrics.latest("finite", steps).min()
         active = self._metrics.latest("below_threshold", steps).max()
         own_norm = torch.as_tensor(norm, dtype=torch.float32, device=finite.device)
-        status = self.accelerator.gather(torch.stack([own_norm, finite, active])[None]).cpu()  # (processes, 3)
+        pairs = self._metrics.latest("pairs_teach", steps).max()
+        status = self.accelerator.gather(torch.stack([own_norm, finite, active, pairs])[None]).cpu()  # (processes, 4)
         norms, all_finite, any_active = status[:, 0], bool(status[:, 1].min()), bool(status[:, 2].max())
         overflow = self.accelerator.scaler is not None and all_finite and not norms.isfinite().all()
         if not overflow and not (all_finite and norms.isfinite().all()):
@@ -73,7 +75,7 @@ class TrainingLogs(Trainer):
                 "Check the reward on the images of this step. Train again, from the last checkpoint's adapter if "
                 "you like, with a lower learning_rate, max_grad_norm or gradient_discount, or in bfloat16 or float32."
             )
-        self._flat_updates.add(any_active)
+        self._flat_updates.add(bool(status[:, 3].max()))
         idle = overflow or (any_active and not norms.any())
         self._idle_updates = self._idle_updates + 1 if idle else 0
         if self._idle_updates >= MOST_IDLE_UPDATES:
@@ -137,7 +139,7 @@ class TrainingLogs(Trainer):
     def _pop_metrics(self) -> dict[str, float]:
         updates = self._metrics.num_batches("reward") / self.args.gradient_accumulation_steps
         columns = self._metrics.pop()
-        del columns["finite"]
+        del columns["finite"], columns["pairs_teach"]
         start, self._last_log = self._last_log, time.perf_counter()
         return {
             **summarise(columns),
@@ -152,3 +154,9 @@ class TrainingLogs(Trainer):
         self._last_log = time.perf_counter()
         self._idle_updates = 0
         self._flat_updates = FlatUpdates(self.rewards.black_boxes)
+
+
+def _any_pair_differs(compared: Compared, device: torch.device) -> Tensor:
+    """Whether samples of a prompt differed in a reward without gradient, as a number; 1 if all rewards have one."""
+    shares = [value for name, value in compared.metrics.items() if name.endswith("differing_pairs")]
+    return torch.stack([share.max() for share in shares]).max() > 0 if shares else torch.ones((), device=device)

@@ -6,6 +6,7 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
+from accelerate.utils import broadcast_object_list
 from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, get_token
 from huggingface_hub.utils import filter_repo_objects
 from safetensors import safe_open
@@ -90,6 +91,8 @@ class HubPushes:
     def _push_from_checkpoint(self: Trainer, checkpoint_folder: str) -> None:
         pushing = getattr(self, "push_in_progress", None)
         waits = pushing is not None and not pushing.is_done() and not self.args.hub_always_push
+        if self.args.world_size > 1:  # only the first process knows; saving may need all of them
+            [waits] = broadcast_object_list([waits])
         if self.args.hub_strategy == HubStrategy.END or waits:
             return
         self._save(self.args.output_dir)

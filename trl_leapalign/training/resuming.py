@@ -19,6 +19,7 @@ from ..leapalign_config import LeapAlignConfig
 from ..media import as_text
 from ..prompts.sources import PromptStream
 from ..rewards import RewardSet
+from ..rewards.reward_set import unwrapped
 from ..rollout.pipelines import modules_of
 from ..rollout.rollout_model import RolloutModel
 from .checkpoints import check_whole, last_checkpoint, load_parameters, read_run
@@ -99,7 +100,7 @@ def describe_run(
     Returns:
         dict[str, Any]: "same" and "logged" settings by name, fit for JSON.
     """
-    method, functions = model.method, dict(zip(rewards.names, rewards.functions, strict=True))
+    method, functions = model.method, dict(zip(rewards.names, map(unwrapped, rewards.functions), strict=True))
     same = {
         "method": repr(method) if is_dataclass(method) else type(method).__qualname__,
         **{name: getattr(config, name) for name in SAME},

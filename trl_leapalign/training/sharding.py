@@ -7,7 +7,7 @@ from accelerate import Accelerator, PartialState
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 OPTIONS = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
@@ -34,6 +34,14 @@ def shard_trainer(trainer: Any) -> bool:
         raise ValueError("FSDP1 cannot run a pipeline. Set fsdp_version: 2 in Accelerate's configuration.")
     if state.fsdp_plugin.activation_checkpointing:
         raise ValueError("FSDP's activation_checkpointing is not supported. Set that of the training arguments.")
+    if isinstance(state.fsdp_plugin.cpu_offload, CPUOffloadPolicy):
+        raise ValueError("FSDP's CPU offload is not supported. Set fsdp_offload_params: false, or use more processes.")
+    alone = [name for name in ("image_grid_steps", "watch_steps") if getattr(trainer.args, name) is not None]
+    if alone:
+        raise ValueError(
+            f"{' and '.join(alone)} sample on single processes, while FSDP needs all of them for each call. Leave them "
+            "out, and look at evaluations."
+        )
     if trainer.optimizer is not None:
         raise ValueError("FSDP replaces the parameters of the optimizer that was passed. Choose one with config.optim.")
     shard(trainer.rollout_model.denoisers, trainer.accelerator)
