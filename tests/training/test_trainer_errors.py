@@ -138,7 +138,7 @@ CASES = {
     "scale of zero": (
         {"pipeline": lambda: with_adapter(scale=0.0)},
         ValueError,
-        "exactly zero, at the trained parameters: are all pixels saturated, or is the adapter's scale 0",
+        "exactly zero, at the trained parameters: are all pixels saturated, is the adapter's scale 0, or",
     ),
     "infinite gradient": (
         {"reward": lambda i, p, m: (mean(i) - mean(i).detach()).clamp(min=0).sqrt()},
