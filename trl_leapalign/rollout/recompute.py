@@ -93,13 +93,18 @@ def _verified(modules: Iterable[nn.Module]) -> Iterator[None]:
     diffusers_models: list[Any] = [module for module in modules if hasattr(module, "enable_gradient_checkpointing")]
     enabled = [module for module in diffusers_models if module.is_gradient_checkpointing]
     for module in enabled:
-        module.enable_gradient_checkpointing(_checkpoint)
+        module.enable_gradient_checkpointing(_checkpoint_of_diffusers)
     try:
         with set_checkpoint_early_stop(False):
             yield
     finally:
         for module in enabled:
             module.enable_gradient_checkpointing()
+
+
+def _checkpoint_of_diffusers(block: Callable, *args: Any) -> Any:
+    """As diffusers calls it: its own function takes no arguments by name either."""
+    return _checkpoint(block, *args)
 
 
 def _checkpoint(block: Callable, *args: Any, **kwargs: Any) -> Any:
