@@ -659,3 +659,12 @@ def test_bad_options(arguments, message, module):
 def test_options_that_are_missing(module):
     with pytest.raises(SystemExit, match="pass --prompts, --evaluators, --output_dir, or --compare"):
         main(["evaluate", "--pipeline", "judges:pipeline"])
+
+
+def test_infinite_scores_count_as_none(tmp_path, caplog):
+    def broken(images, prompts, metadata):
+        return blueness(images, prompts, metadata).where(torch.tensor(["dog" not in p for p in prompts]), torch.inf)
+
+    summary = run(tmp_path, evaluators=[broken]).summaries["broken"]
+    assert summary.num_unscored == 2 and math.isfinite(summary.overall.mean)
+    assert "gives image 4 an infinite score, which counts as none" in caplog.text

@@ -2,6 +2,7 @@
 
 import gc
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -228,6 +229,9 @@ def _score(
             scores = rewards(images, list(prompts), list(metadata))
         details = details_of(scores.details[rewards.names[0]], len(batch))
         for number, prompt, score, detail in zip(batch, prompts, scores.rewards[0].tolist(), details, strict=True):
+            if math.isinf(score):
+                logger.warning("%s gives image %d an infinite score, which counts as none.", rewards.names[0], number)
+                score = math.nan
             rows.append({"number": number, "prompt": prompt, "group": "", "score": score, **detail})
         partial.add(PartialState().process_index, rows[-len(batch) :])
     return rows
