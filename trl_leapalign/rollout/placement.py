@@ -63,8 +63,9 @@ class EncoderOffload:
         return {name: num_bytes(module) for name, module in self.encoders.items()}
 
     def rest(self) -> None:
-        """Move the encoders that are on the device back to the CPU."""
-        used = [hook for hook in self.hooks if next(hook.model.parameters()).device.type != "cpu"]
+        """Move the encoders that are on the device back to the CPU; those whose hooks were taken off stay there."""
+        hooked = [hook for hook in self.hooks if getattr(hook.model, "_hf_hook", None) is hook.hook]
+        used = [hook for hook in hooked if next(hook.model.parameters()).device.type != "cpu"]
         for hook in used:
             hook.offload()
         if used:
