@@ -142,14 +142,7 @@ class LeapAlignTrainer(TrainingLogs, TrainingSaves, HubPushes, Trainer):
             train_dataset=read_if_geneval(train_dataset, config.prompt_column),
             train_prompts=read_if_geneval(config.train_prompts, config.prompt_column),
         )
-        check_evaluation(config, self.rewards.names, eval_dataset)
-        eval_source = eval_dataset if eval_dataset is not None else config.eval_prompts
-        if is_named(eval_source):
-            eval_source = {name: read_if_geneval(own, config.prompt_column) for name, own in eval_source.items()}
-        eval_source = read_if_geneval(eval_source, config.prompt_column)
-        eval_rows = load_named_prompts(eval_source, config.prompt_column, split="test")
-        for rows in eval_rows.values() if is_named(eval_rows) else [eval_rows]:
-            check_rows(reward_function, self.prompt_source, rows)
+        eval_rows = self._read_evaluation(config, eval_dataset, reward_function)
         self.groups = Groups.of(config, self.rewards, config.build_method())
         self.columns = self._find_columns(config, eval_rows)
         epoch = None if callable(self.prompt_source) else len(self.prompt_source) * self.groups.size
@@ -196,6 +189,17 @@ class LeapAlignTrainer(TrainingLogs, TrainingSaves, HubPushes, Trainer):
                 optimizers=optimizers,
             )
             self._prepare_training(config)
+
+    def _read_evaluation(self, config: LeapAlignConfig, eval_dataset: Any, reward_function: Any) -> Any:
+        """Prompts of evaluations, by name if there are several sets; None if there are none."""
+        check_evaluation(config, self.rewards.names, eval_dataset)
+        source = eval_dataset if eval_dataset is not None else config.eval_prompts
+        if is_named(source):
+            source = {name: read_if_geneval(own, config.prompt_column) for name, own in source.items()}
+        rows = load_named_prompts(read_if_geneval(source, config.prompt_column), config.prompt_column, split="test")
+        for own in rows.values() if is_named(rows) else [rows]:
+            check_rows(reward_function, self.prompt_source, own)
+        return rows
 
     def _prepare_training(self, config: LeapAlignConfig) -> None:
         """What comes after Trainer's own preparation: sharding, devices, callbacks and, last, the dry run."""

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -111,11 +111,6 @@ class Groups:
     def near(self) -> NearGroups | None:
         """How samples stay close in a rollout, or None."""
         return None if self.near_step is None else NearGroups(self.size, self.near_step, self.near_noise)
-
-    @property
-    def run(self) -> str | None:
-        """What must stay when a training is resumed; None without groups."""
-        return None if self.size == 1 else repr(replace(self, gathers=False, compares=False))
 
     def with_gradients(self, rewards: Tensor, latents: Tensor | None, reward_set: RewardSet) -> "Compared":
         """Give each reward without gradient the one that comparing the samples of its group suggests.

@@ -196,12 +196,7 @@ def check_optimizer_settings(trainer: Trainer) -> None:
         trainer (Trainer): it is left without either, as it was.
     """
     config = trainer.args
-    if (
-        trainer.optimizer is not None
-        or trainer.is_fsdp_enabled
-        or "lomo" in config.optim
-        or "layerwise" in config.optim
-    ):
+    if trainer.optimizer is not None or trainer.sharded or "lomo" in config.optim or "layerwise" in config.optim:
         return  # these two put hooks on the parameters
     try:
         trainer.create_optimizer_and_scheduler(config.max_steps)
